@@ -1,0 +1,698 @@
+"""All but the diffusion: pictures, plots, GIFs, checkpoints, the widget, the command line.
+
+The diffusion itself (schedule, network, loss, training, sampling) is defined once, in
+DDPM_cats.ipynb. `notebook()` hands those definitions to Python programs:
+
+    import ddpm_helpers
+    ddpm = ddpm_helpers.notebook()
+    cats = ddpm.draw(ddpm.load_model("model.pt"), count=16, seed=7)  # bytes (16, 3, 24, 24)
+"""
+
+import argparse
+import ast
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import linecache
+import math
+import os
+import secrets
+import sys
+import tempfile
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+PROJECT = Path(__file__).resolve().parent
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+
+
+class UsageError(ValueError):
+    """Something that the user can mend; the message is one sentence that says how."""
+
+    def _render_traceback_(self):  # IPython shows this in place of a stack trace
+        return [f"{type(self).__name__}: {self}"]
+
+
+# ---------------------------------------------------------------- the notebook's definitions
+
+
+@cache
+def notebook(path=PROJECT / "DDPM_cats.ipynb"):
+    """The notebook as a module: its imports, functions and classes, without running it."""
+    module = types.ModuleType("ddpm_cats")
+    module.__file__ = str(path)
+    sys.modules.setdefault("ddpm_helpers", sys.modules[__name__])
+    sys.modules[module.__name__] = module
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    for number, cell in enumerate(cells):
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or source.lstrip().startswith("%"):
+            continue
+        tree = ast.parse(source)
+        kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+        tree.body = [node for node in tree.body if isinstance(node, kinds)]
+        name = f"{path}, cell {number}"
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)  # for tracebacks
+        exec(compile(tree, name, "exec"), vars(module))
+    return module
+
+
+def overrides(parameters, prefix="DDPM_"):
+    """The parameters (upper-case names) that environment variables such as DDPM_MODE change."""
+    changed = {}
+    for name, value in parameters.items():
+        text = os.environ.get(prefix + name)
+        if text is None or not name.isupper():
+            continue
+        try:
+            changed[name] = type(value)(text)
+        except ValueError:
+            kind = type(value).__name__
+            raise UsageError(f"{prefix}{name} must be of type {kind}, not {text!r}.") from None
+    return changed
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def find_pictures(folder):
+    """The picture files in a folder and the folders inside it, sorted by name."""
+    folder = Path(folder).expanduser()
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    if not found:
+        what = "holds no pictures" if folder.is_dir() else "is not a folder"
+        kinds = ", ".join(sorted(e[1:] for e in ENDINGS))
+        raise UsageError(f"{folder} {what}: put pictures there ({kinds}), or name another folder.")
+    return found
+
+
+def open_picture(path, at_least=None):
+    """A file as an upright RGB PIL image; transparent parts become white.
+
+    at_least: a size in pixels below which a JPEG need not be decoded (saves time).
+    """
+    image = Image.open(path)
+    if at_least:
+        image.draft("RGB", (at_least, at_least))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit(image, size):
+    """The central square of a PIL image, shrunk (antialiased) or enlarged to size x size."""
+    return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+
+
+def load_pictures(folder, size, cache_folder=PROJECT / ".cache"):
+    """All pictures of a folder as bytes (N, 3, size, size), sorted by name; see `find_pictures`.
+
+    The result is cached until a file, the folder or the size changes. Files that cannot be
+    read are left out and named in one line.
+    """
+    paths = find_pictures(folder)
+    root = Path(folder).expanduser().resolve()
+    key = hashlib.sha256(f"{root} {size}".encode()).hexdigest()[:16]
+    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    state = hashlib.sha256(repr(("bicubic 1", size, stats)).encode()).hexdigest()
+    cached = Path(cache_folder) / f"pictures-{key}.pt"
+    try:
+        stored = torch.load(cached, weights_only=True)
+        if stored["state"] == state:
+            _tell_unreadable(stored["unreadable"], len(paths))
+            return stored["pictures"]
+    except Exception:  # no cache, or a damaged one: read the pictures again
+        pass
+
+    def read(path):
+        try:
+            return np.asarray(fit(open_picture(path, at_least=3 * size), size))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        read_all = pool.map(read, paths)
+        arrays = list(tqdm(read_all, "reading pictures", len(paths), unit="", mininterval=1))
+    unreadable = [p.name for p, a in zip(paths, arrays) if a is None]
+    _tell_unreadable(unreadable, len(paths))
+    arrays = [a for a in arrays if a is not None]
+    if not arrays:
+        raise UsageError(f"None of the {len(paths)} files in {folder} can be read as a picture.")
+    pictures = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    try:
+        stored = {"state": state, "unreadable": unreadable, "pictures": pictures}
+        write_file(cached, lambda part: torch.save(stored, part))
+    except UsageError:  # no room for a cache: the next start takes longer, that is all
+        pass
+    return pictures
+
+
+def _tell_unreadable(names, total):
+    if names:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        listed = ", ".join(names[:10])
+        print(f"Left out {len(names)} of {total} files that cannot be read: {listed}{more}")
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def write_file(path, write):
+    """Call write(temporary path), then move the result to `path`: all of it or nothing."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        message = f"Cannot write {path}: {why}; make room or choose another place."
+        raise UsageError(message) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def scratch_file(name):
+    """A path in a new temporary folder, for what nobody wants to keep."""
+    return Path(tempfile.mkdtemp(prefix="ddpm-cats-")) / name
+
+
+def save_model(path, model, record):
+    """Weights, configuration and training record in one file of plain tensors and numbers."""
+    weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    content = {"format": "ddpm-cats 1", "predicts": "v", "config": model.config}
+    content |= {"record": record, "weights": weights}
+    write_file(path, lambda part: torch.save(content, part))
+
+
+def read_model(path, network):
+    """Build `network(**config)` from a file written by `save_model`; its `record` is set too."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"There is no {path}: train a network first, or name another checkpoint.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        ours = content["format"] == "ddpm-cats 1" and content["predicts"] == "v"
+    except Exception:
+        ours = False
+    if not ours:
+        raise UsageError(f"{path} is damaged or not a checkpoint of this project: fetch it again.")
+    try:
+        model = network(**content["config"])
+        model.load_state_dict(content["weights"])
+    except (KeyError, TypeError, RuntimeError, ValueError):
+        raise UsageError(
+            f"{path} holds another network than this notebook defines: train anew."
+        ) from None
+    model.record = content["record"]
+    return model.eval()
+
+
+class TrainingRun:
+    """The files of one training: `out`, the best model, and beside it `out` with the ending
+    .training: all that is needed to go on after the last whole epoch, to the bit."""
+
+    def __init__(self, out, settings, model, average, optimizer, rng, accelerator):
+        self.out, self.state_file = Path(out), Path(out).with_suffix(".training")
+        self.settings = settings | {k: str(v) for k, v in model.config.items()}
+        self.model, self.average, self.optimizer, self.rng = model, average, optimizer, rng
+        self.accelerator = accelerator
+        self.epoch, self.best, self.seconds, self.heldout = 0, math.inf, 0.0, []
+        if self.state_file.exists():
+            self._go_on()
+        elif self.out.exists():
+            raise UsageError(f"{out} exists already: move it away, or choose another name.")
+        self.started = time.time()
+        accelerator.wait_for_everyone()  # nobody writes before all have looked
+        self._save()  # now, so that a full disk shows before hours are spent
+
+    def _go_on(self):
+        try:
+            state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+            settings = state["settings"]
+        except Exception:
+            raise UsageError(f"{self.state_file} is damaged: delete it to train anew.") from None
+        changed = [k for k in self.settings if settings.get(k) != self.settings[k]]
+        if changed:
+            was = ", ".join(f"{k} was {settings.get(k)}, is {self.settings[k]}" for k in changed)
+            raise UsageError(
+                f"{self.state_file} belongs to another training ({was}): "
+                "delete it to train anew, or choose another name."
+            )
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rng.set_state(state["rng"])
+        self.epoch, self.best = state["epoch"], state["best"]
+        self.seconds, self.heldout = state["seconds"], state["heldout"]
+
+    def _save(self):
+        if self.accelerator.is_main_process:
+            state = {"settings": self.settings, "epoch": self.epoch, "best": self.best}
+            state |= {"seconds": self.seconds, "heldout": self.heldout}
+            state |= {"model": self.model.state_dict(), "average": self.average.state_dict()}
+            state |= {"optimizer": self.optimizer.state_dict(), "rng": self.rng.get_state()}
+            write_file(self.state_file, lambda part: torch.save(state, part))
+
+    def check(self, loss, where):
+        """Stop a training that has lost its way; the files stay as they are."""
+        if not math.isfinite(loss):
+            kept = f"The best weights so far are in {self.out}. " if self.out.exists() else ""
+            raise UsageError(
+                f"The loss became {float(loss)} {where}. {kept}"
+                f"Use a smaller learning rate than {self.settings['lr']} and train anew."
+            )
+
+    def keep_if_best(self, loss):
+        """Write the average to `out` if its held-out loss is the lowest so far."""
+        if loss < self.best and self.accelerator.is_main_process:
+            self.best = loss
+            record = {k: self.settings[k] for k in ("pictures", "batch_size", "lr", "seed")}
+            record |= {"epochs": self.epoch, "heldout_loss": loss, "device": device_name()}
+            record |= {"seconds": round(self._clock()), "torch": str(torch.__version__)}
+            save_model(self.out, self.average, record)
+
+    def interrupted(self, examine):
+        """Keep what there is if it is the best, unless Python itself is about to end."""
+        if not sys.is_finalizing():
+            with self.accelerator.autocast():
+                self.keep_if_best(examine())
+
+    def _clock(self):
+        return self.seconds + time.time() - self.started
+
+    def after_step(self, step, per_epoch, loss, examine):
+        """Watch the loss; at the end of an epoch, examine, keep the best, save the state.
+
+        Returns the examination's result, or None within an epoch."""
+        if step % 10 == 0:
+            self.check(loss.item(), f"at step {step + 1}")
+        if (step + 1) % per_epoch:
+            return None
+        with self.accelerator.autocast():
+            loss = examine()
+        self.epoch += 1
+        self.check(loss, f"in epoch {self.epoch}")
+        self.heldout.append(loss)
+        self.keep_if_best(loss)
+        self.seconds, self.started = self._clock(), time.time()
+        self._save()
+        return loss
+
+
+# -------------------------------------------------------------------------------------- device
+
+
+def device_name():
+    """What the training ran on, for the record."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return "Apple GPU"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+@cache
+def bf16_is_faster():
+    """Whether 16-bit convolutions pay here: asked of the GPU, measured on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return False
+    conv = torch.nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(16, 64, 24, 24).to(memory_format=torch.channels_last)
+
+    def seconds(dtype):
+        layer, picture, best = conv.to(dtype), x.to(dtype), math.inf
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            layer(picture).sum().backward()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+
+
+# --------------------------------------------------------------------------------------- plots
+
+
+def grid(pictures, columns=8, padding=1):
+    """Bytes (N, C, H, W) -> one picture, bytes (C, h, w), row by row on white."""
+    return make_grid(pictures, nrow=columns, padding=padding, pad_value=255)
+
+
+def to_image(picture, scale=1):
+    """Bytes (C, H, W) -> PIL image, each pixel enlarged to scale x scale."""
+    array = picture.permute(1, 2, 0).cpu().numpy()
+    image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def save_png(picture, path, scale=1):
+    """Write bytes (C, H, W) as a PNG, each pixel enlarged to scale x scale."""
+    image = to_image(picture, scale)
+    write_file(path, lambda part: image.save(part, format="PNG"))
+
+
+def _draw(axis, picture, title=None):
+    axis.imshow(np.asarray(to_image(picture).convert("RGB")), interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    if title:
+        axis.set_title(title, fontsize=8)
+
+
+def show_figure(figure):
+    """Show a matplotlib figure, small enough to be committed with the notebook."""
+    from matplotlib import pyplot as plt
+
+    figure.set_dpi(80)
+    figure.tight_layout(pad=0.5)
+    plt.show()
+
+
+def show_rows(rows, titles=None, width=10):
+    """Plot {label: bytes (N, C, H, W)}, a row each; `titles` go above the first row."""
+    from matplotlib import pyplot as plt
+
+    columns = max(len(row) for row in rows.values())
+    size = width / columns
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(width, size * 1.12 * len(rows)), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (label, pictures) in enumerate(rows.items()):
+        for column, picture in enumerate(pictures):
+            axes[row, column].axis("on")
+            _draw(axes[row, column], picture, titles[column] if titles and row == 0 else None)
+        axes[row, 0].set_ylabel(label, fontsize=8)
+    show_figure(figure)
+
+
+def show_before_after(images, size):
+    """Plot PIL images as they are above what becomes of them at size x size."""
+    before = [torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images]
+    after = [torch.from_numpy(np.array(fit(i, size))).permute(2, 0, 1) for i in images]
+    show_rows({"file": before, f"{size}x{size}": after})
+
+
+class TrainingView:
+    """A progress bar with loss and time left; in a notebook also a live picture of the losses
+    and a row of samples after each epoch."""
+
+    def __init__(self, show=True):
+        self.bar, self.display, self.show = None, None, show
+        self.losses, self.heldout, self.samples, self.drawn = [], [], {}, 0.0
+
+    def update(self, progress):
+        """Take in a `Progress` of the notebook's `train`."""
+        if self.bar is None:
+            first = os.environ.get("RANK", "0") == "0"  # of several processes
+            done, total = progress.step - 1, progress.steps
+            self.bar = tqdm(desc="training", initial=done, total=total, disable=not first)
+        self.bar.update()
+        if progress.heldout is not None:
+            self.heldout.append((progress.step, progress.heldout))
+        if progress.step % 5 == 0 or progress.heldout is not None:
+            self.losses.append((progress.step, float(progress.loss)))
+            heldout = f"{self.heldout[-1][1]:.4f}" if self.heldout else "-"
+            self.bar.set_postfix(loss=f"{self.losses[-1][1]:.4f}", heldout=heldout, refresh=False)
+        if self.show and (progress.heldout is not None or time.time() - self.drawn > 5):
+            self._redraw()
+
+    def add_samples(self, label, pictures):
+        """Show bytes (N, C, H, W) in a row of their own; the newest five rows stay."""
+        self.samples[label] = pictures
+        self.samples = dict(list(self.samples.items())[-5:])
+        self._redraw()
+
+    def close(self):
+        """End the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _redraw(self):
+        from IPython.display import display
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 3), dpi=80, layout="tight")
+        left, right = figure.subplots(1, 2)
+        if self.losses:
+            left.plot(*zip(*self.losses), lw=0.7, alpha=0.6, label="of a batch")
+        if self.heldout:
+            left.plot(*zip(*self.heldout), "o-", ms=3, label="held out, average")
+        left.set(yscale="log", xlabel="step", title="loss")
+        if self.losses or self.heldout:
+            left.legend(fontsize=8)
+        right.axis("off")
+        if self.samples:
+            _draw(right, grid(torch.cat(list(self.samples.values())), columns=8))
+            right.set_title("after " + ", ".join(self.samples), fontsize=8)
+        if self.display is None:
+            self.display = display(figure, display_id=True)
+        else:
+            self.display.update(figure)
+        self.drawn = time.time()
+
+
+def even_in_log_snr(alphas_bar, frames):
+    """The t in 0..T whose log signal-to-noise ratios are nearest to evenly spaced ones: (k,),
+    rising, without repeats, 0 and T among them; k <= frames."""
+    a = alphas_bar[1:].double()
+    log_snr = (a / (1 - a)).log().clamp(-9, 9)  # beyond that nothing can be seen to change
+    wanted = torch.linspace(log_snr[0], log_snr[-1], frames - 1, dtype=torch.float64)
+    t = 1 + (log_snr[None, :] - wanted[:, None]).abs().argmin(dim=1)
+    t[-1] = len(a)
+    return torch.cat([torch.zeros(1, dtype=t.dtype), t.unique()])
+
+
+def save_gif(frames, path, columns=3, scale=4, seconds=4, hold=1.5, limit=500_000):
+    """Write frames as an endless GIF of less than `limit` bytes.
+
+    Each frame is a list of panels, bytes (N, C, H, W), that are shown side by side as grids.
+    One palette serves all frames, so colours don't flicker; the last frame is held.
+    """
+    images = []
+    for panels in frames:
+        grids = [grid(panel.cpu(), columns) for panel in panels]
+        gap = torch.full_like(grids[0][:, :, :4], 255)
+        parts = [part for g in grids for part in (g, gap)][:-1]
+        images.append(to_image(torch.cat(parts, dim=2), scale).convert("RGB"))
+    montage = Image.fromarray(np.concatenate([np.asarray(i)[::scale, ::scale] for i in images]))
+    durations = [int(1000 * seconds / len(images))] * (len(images) - 1) + [int(1000 * hold)]
+    for colours in (128, 64, 32, 16):
+        palette = montage.quantize(colours, method=Image.Quantize.MEDIANCUT)
+        first, *rest = [i.quantize(palette=palette, dither=Image.Dither.NONE) for i in images]
+        gif = io.BytesIO()
+        options = dict(append_images=rest, duration=durations, loop=0)
+        first.save(gif, format="GIF", save_all=True, **options)
+        if gif.tell() < limit:
+            write_file(path, lambda part: part.write_bytes(gif.getvalue()))  # noqa: B023
+            return
+    raise UsageError(f"{path} is larger than {limit} bytes: use fewer frames or pictures.")
+
+
+# ---------------------------------------------------------------------------------- the widget
+
+_launched = []  # the widget that is running, if any
+
+
+def widget(watch, checkpoint, most_steps):
+    """The generator's page, a gradio.Blocks.
+
+    watch(count, seed, steps, sampler) yields how much is done (0 to 1) and the pictures as they
+    are, bytes (count, C, H, W). checkpoint: the name to show; most_steps: of Algorithm 2.
+    """
+    import gradio as gr
+
+    folder = Path(tempfile.mkdtemp(prefix="ddpm-cats-"))
+
+    def generate(count, seed, steps, sampler):
+        """Stream the grid while it is drawn; at last also the single pictures."""
+        count, seed, steps = (_check(*v) for v in (
+            ("The number of cats", count, 1, 64),
+            ("The seed", seed, 0, 2**32 - 1),
+            ("The number of steps", steps, 1, most_steps),
+        ))  # fmt: skip
+        started = shown = time.time()
+        for done, pictures in watch(count, seed, steps, sampler):
+            if done < 1 and time.time() - shown > 0.15:
+                shown = time.time()
+                yield _enlarged(pictures), [], f"{done:.0%} ..."
+        seconds = time.time() - started
+        singles = []
+        for number, picture in enumerate(pictures, seed):
+            path = folder / f"cat_{number}.png"
+            save_png(picture, path)
+            singles.append((str(path), f"seed {number}"))
+        cats = "1 cat" if count == 1 else f"{count} cats"
+        yield _enlarged(pictures), singles, f"{cats} in {seconds:.1f} seconds, by {checkpoint}"
+
+    def _check(what, value, lowest, highest):
+        if not isinstance(value, (int, float)) or value != value or int(value) != value:
+            raise gr.Error(f"{what} must be a whole number.", print_exception=False)
+        if not lowest <= value <= highest:
+            message = f"{what} must be from {lowest} to {highest}."
+            raise gr.Error(message, print_exception=False)
+        return int(value)
+
+    def _enlarged(pictures):
+        image = grid(pictures, math.ceil(math.sqrt(len(pictures))))
+        return to_image(image, max(1, 480 // image.shape[2]))
+
+    with gr.Blocks(title="DDPM cats", analytics_enabled=False) as page:
+        gr.Markdown(f"### Cats from noise\nDrawn by `{checkpoint}`.")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=260):
+                count = gr.Slider(1, 64, value=16, step=1, label="How many cats")
+                with gr.Row():
+                    seed = gr.Number(0, precision=0, label="Seed of the first cat", min_width=120)
+                    dice = gr.Button("\N{GAME DIE} Roll", min_width=80)
+                steps = gr.Slider(1, most_steps, value=20, step=1, label="Steps")
+                kinds = [("DPM-Solver++", "dpm"), ("Algorithm 2", "ddpm")]
+                sampler = gr.Radio(kinds, value="dpm", label="Sampler")
+                button = gr.Button("Make cats", variant="primary")
+            with gr.Column(scale=3, min_width=300):
+                whole = gr.Image(label="All", format="png", interactive=False, height=500)
+                status = gr.Markdown("Press **Make cats**.")
+        singles = gr.Gallery(label="One by one", format="png", columns=8, elem_id="singles")
+        dice.click(lambda: secrets.randbelow(1_000_000), outputs=seed)
+        button.click(
+            generate,
+            [count, seed, steps, sampler],
+            [whole, singles, status],
+            api_name="generate",
+            show_progress="hidden",
+        )
+    return page
+
+
+def launch(page, share=False, **options):
+    """Show a `widget` in the notebook, on this computer only; the one before is closed."""
+    while _launched:
+        _launched.pop().close(verbose=False)
+    sharp = "#singles img, .image-frame img {image-rendering: pixelated}"
+    options = dict(server_name="127.0.0.1", height=900, css=sharp, quiet=True) | options
+    page.launch(share=share, prevent_thread_lock=True, **options)
+    _launched.append(page)
+    print(f"The generator runs at {page.local_url}")
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+def _train(options):
+    ddpm = notebook()
+    pictures = load_pictures(options.data, options.size)
+    out, state = Path(options.out), Path(options.out).with_suffix(".training")
+    if state.exists() and not options.resume:
+        raise UsageError(f"{state} holds a training: add --resume to go on, or name another --out.")
+    if options.resume and not state.exists():
+        raise UsageError(f"There is no {state} to resume from: leave --resume away.")
+    torch.manual_seed(options.seed)
+    model = ddpm.UNet(options.size, timesteps=options.timesteps)
+    view = TrainingView(show=False)
+    settings = dict(batch_size=options.batch_size, lr=options.lr, seed=options.seed, out=out)
+    try:
+        for progress in ddpm.train(model, pictures, options.epochs, **settings):
+            view.update(progress)
+    except KeyboardInterrupt:
+        print(f"\nStopped; {out} holds the best so far, --resume goes on.", file=sys.stderr)
+    view.close()
+    if out.exists():
+        print(f"{out}: {json.dumps(ddpm.load_model(out).record)}")
+
+
+def _generate(options):
+    ddpm = notebook()
+    model, out = ddpm.load_model(options.model), Path(options.out)
+    if out.suffix.lower() not in ("", ".png", ".gif", ".npy"):
+        raise UsageError(f"--out must end in .png, .gif or .npy, or be a folder, not {out.name}.")
+    columns = math.ceil(math.sqrt(options.count))
+    if out.suffix.lower() == ".gif":
+        save_gif(ddpm.film(model, options.count, options.seed, options.steps), out, columns)
+        return
+    starts = range(0, options.count, 128)  # a picture does not depend on those drawn beside it
+    batches = [
+        ddpm.draw(model, min(128, options.count - i), options.seed + i, options.steps)
+        for i in (tqdm(starts, "drawing") if len(starts) > 1 else starts)
+    ]
+    pictures = torch.cat(batches)
+    if out.suffix == "":
+        for i, picture in enumerate(pictures, options.seed):
+            save_png(picture, out / f"cat_{i:05d}.png")
+    elif out.suffix.lower() == ".npy":
+        array = pictures.permute(0, 2, 3, 1).numpy()
+        write_file(out, lambda part: _save_array(part, array))
+    else:
+        save_png(grid(pictures, columns, padding=0), out, options.scale)
+
+
+def _save_array(path, array):
+    with open(path, "wb") as file:  # np.save would add .npy to the name of the temporary file
+        np.save(file, array)
+
+
+def _whole(lowest, highest):
+    def parse(text):
+        if not text.lstrip("-").isdigit() or not lowest <= int(text) <= highest:
+            message = f"must be a whole number from {lowest} to {highest}, not {text}"
+            raise argparse.ArgumentTypeError(message)
+        return int(text)
+
+    return parse
+
+
+def main(arguments=None):
+    """The command line; see `python ddpm_helpers.py --help`."""
+    parser = argparse.ArgumentParser(description="Draw cats, or train on pictures of your own.")
+    commands = parser.add_subparsers(required=True, metavar="generate | train")
+    command = commands.add_parser("generate", help="draw pictures with a trained network")
+    command.set_defaults(run=_generate)
+    command.add_argument("--count", type=_whole(1, 1_000_000), default=16, help="how many (16)")
+    command.add_argument("--seed", type=_whole(0, 2**32), default=0, help="of the first one (0)")
+    command.add_argument("--steps", type=_whole(1, 1000), default=None, help="network calls each")
+    command.add_argument("--model", default=str(PROJECT / "model.pt"), help="checkpoint (model.pt)")
+    command.add_argument("--scale", type=_whole(1, 32), default=1, help="enlarge the .png grid (1)")
+    command.add_argument(
+        "--out", required=True, help=".png grid, .gif film, .npy bytes, or a folder for single .png"
+    )
+    command = commands.add_parser("train", help="train a network on a folder of pictures")
+    command.set_defaults(run=_train)
+    command.add_argument("--data", required=True, help="folder of pictures")
+    command.add_argument("--epochs", type=_whole(1, 1_000_000), default=40, help="passes (40)")
+    command.add_argument("--out", default="new_model.pt", help="checkpoint (new_model.pt)")
+    command.add_argument("--resume", action="store_true", help="go on after the last whole epoch")
+    command.add_argument("--size", type=_whole(8, 256), default=24, help="pixels (24)")
+    command.add_argument("--timesteps", type=_whole(20, 10_000), default=1000, help="T (1000)")
+    command.add_argument("--batch-size", type=_whole(1, 65_536), default=64, help="(64)")
+    command.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (1e-3)")
+    command.add_argument("--seed", type=_whole(0, 2**32), default=0, help="(0)")
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except UsageError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(importlib.import_module("ddpm_helpers").main())

@@ -1,0 +1,72 @@
+"""`python ddpm_helpers.py`, called as a user would."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import ddpm_helpers as helpers
+
+
+def run(*arguments, cwd, code=0):
+    command = [sys.executable, str(ROOT / "ddpm_helpers.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture
+def model(network, tmp_path):
+    helpers.save_model(tmp_path / "m.pt", network(), {})
+    return tmp_path / "m.pt"
+
+
+def test_generate_writes_grid_film_bytes_and_single_pictures(ddpm, model, tmp_path):
+    for out in ("cats.png", "cats.gif", "cats.npy", "cats"):
+        options = ["--count", 5, "--seed", 7, "--steps", 4, "--model", model, "--out", out]
+        run("generate", *options, cwd=tmp_path)
+    expected = ddpm.draw(ddpm.load_model(model), 5, 7, 4).permute(0, 2, 3, 1).numpy()
+    array = np.load(tmp_path / "cats.npy")
+    assert array.shape == (5, 24, 24, 3) and (array == expected).all()
+    image = np.asarray(Image.open(tmp_path / "cats.png"))
+    assert image.shape == (48, 72, 3)
+    assert (image[24:48, 24:48] == expected[4]).all()
+    single = np.asarray(Image.open(tmp_path / "cats" / "cat_00009.png"))
+    assert (single == expected[2]).all() and len(list((tmp_path / "cats").iterdir())) == 5
+    assert Image.open(tmp_path / "cats.gif").n_frames > 1
+
+
+def test_generate_says_what_is_wrong(model, tmp_path):
+    for options, words in [
+        (["--out", "cats.jpg", "--model", model], "must end in .png"),
+        (["--out", "cats.png", "--model", "none.pt"], "There is no none.pt"),
+        (["--out", "cats.png", "--count", "0"], "from 1 to"),
+        (["--out", "cats.png", "--seed", "abc"], "whole number"),
+        (["--out", "cats.png", "--steps", "2000"], "from 1 to 1000"),
+    ]:
+        error = run("generate", *options, cwd=tmp_path, code=2).stderr
+        assert words in error and len(error.strip().splitlines()[-1]) < 200
+
+
+def test_train_then_resume_then_generate(folder, tmp_path):
+    options = ["--data", folder, "--batch-size", 8, "--out", "new.pt", "--size", 8]
+    run("train", *options, "--epochs", 1, cwd=tmp_path)
+    record = torch.load(tmp_path / "new.pt", weights_only=True)["record"]
+    assert record["epochs"] == 1 and record["pictures"] == 20
+    error = run("train", *options, "--epochs", 2, cwd=tmp_path, code=2).stderr
+    assert "add --resume" in error
+    assert '"epochs": 2' in run("train", *options, "--epochs", 2, "--resume", cwd=tmp_path).stdout
+    run("generate", "--model", "new.pt", "--steps", 2, "--out", "a.npy", cwd=tmp_path)
+    assert np.load(tmp_path / "a.npy").shape == (16, 8, 8, 3)
+
+
+def test_train_says_what_is_wrong(tmp_path):
+    assert "is not a folder" in run("train", "--data", "none", cwd=tmp_path, code=2).stderr
+    error = run("train", "--data", tmp_path, cwd=tmp_path, code=2).stderr
+    assert "holds no pictures" in error

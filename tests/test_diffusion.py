@@ -1,0 +1,257 @@
+"""Schedule, network and samplers against closed forms and against diffusers."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # ours: theirs
+
+
+def diffusers_ddpm(schedule, timesteps=1000):
+    return DDPMScheduler(
+        timesteps,
+        beta_schedule=SCHEDULES[schedule],
+        variance_type="fixed_small",
+        prediction_type="v_prediction",
+    )
+
+
+def answer(x, t):
+    """A stand-in for the network: any smooth function of x_t and t."""
+    return torch.sin(3 * x) + 0.3 * torch.cos(t.view(-1, 1, 1, 1) / 100.0) * x.flip(-1)
+
+
+class Stub(torch.nn.Module):
+    """Looks like a U-Net to the samplers, answers with `function`."""
+
+    def __init__(self, alphas_bar, function):
+        super().__init__()
+        self.register_buffer("alphas_bar", alphas_bar)
+        self.function = function
+
+    def forward(self, x, t):
+        return self.function(x, t)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule_equals_diffusers(ddpm, schedule):
+    alphas_bar = ddpm.make_alphas_bar(schedule, 1000)
+    assert alphas_bar.shape == (1001,) and alphas_bar[0] == 1
+    theirs = diffusers_ddpm(schedule).alphas_cumprod
+    torch.testing.assert_close(alphas_bar[1:], theirs, rtol=2e-4, atol=1e-7)
+
+
+def test_cosine_schedule_is_the_paper_s_cosine(ddpm):
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
+    expected = torch.tensor([value / f[0] for value in f])
+    alphas_bar = ddpm.make_alphas_bar("cosine", 1000)
+    torch.testing.assert_close(alphas_bar[:999], expected[:999], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("timesteps", [20, 100, 4000])
+def test_no_signal_is_left_at_the_end(ddpm, schedule, timesteps):
+    assert ddpm.make_alphas_bar(schedule, timesteps)[-1] < 1e-3
+
+
+def test_schedule_refuses_what_cannot_work(ddpm):
+    with pytest.raises(ValueError, match="take more"):
+        ddpm.make_alphas_bar("linear", 1)
+    with pytest.raises(ValueError, match="quadratic"):
+        ddpm.make_alphas_bar("quadratic", 1000)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_add_noise_equals_diffusers(ddpm, schedule):
+    x_0, eps = torch.rand(7, 3, 8, 8) * 2 - 1, torch.randn(7, 3, 8, 8)
+    t = torch.tensor([1, 2, 10, 300, 500, 999, 1000])
+    ours = ddpm.add_noise(x_0, t, eps, ddpm.make_alphas_bar(schedule, 1000))
+    theirs = diffusers_ddpm(schedule).add_noise(x_0, eps, t - 1)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_one_jump_equals_many_steps(ddpm):
+    """q(x_t | x_0) has the mean and variance that follow from t single steps."""
+    betas = ddpm.cosine_betas(1000)
+    mean, variance = 1.0, 0.0
+    for beta in betas[1:601].tolist():
+        mean, variance = mean * math.sqrt(1 - beta), variance * (1 - beta) + beta
+    a = ddpm.make_alphas_bar("cosine", 1000)[600].item()
+    assert math.isclose(mean, math.sqrt(a), rel_tol=1e-5)
+    assert math.isclose(variance, 1 - a, rel_tol=1e-5)
+
+
+def test_posterior_equals_bayes_rule(ddpm):
+    """q(x_s | x_t, x_0) by multiplying two Gaussian densities on a grid."""
+    alphas_bar = ddpm.make_alphas_bar("linear", 1000).double()
+    t, s, x_0, x_t = 400, 250, 0.3, -0.8
+    a_t, a_s = alphas_bar[t], alphas_bar[s]
+    x = torch.linspace(-6, 6, 200_001, dtype=torch.float64)
+    step = -((x_t - (a_t / a_s).sqrt() * x) ** 2) / (2 * (1 - a_t / a_s))
+    prior = -((x - a_s.sqrt() * x_0) ** 2) / (2 * (1 - a_s))
+    weight = (step + prior).softmax(0)
+    mean, variance = ddpm.posterior(x_0, x_t, t, s, alphas_bar)
+    assert math.isclose((weight * x).sum(), mean, rel_tol=1e-6)
+    assert math.isclose((weight * (x - mean) ** 2).sum(), variance, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_algorithm_2_equals_diffusers_at_every_step(ddpm, schedule):
+    theirs = diffusers_ddpm(schedule)
+    alphas_bar = torch.cat([torch.ones(1), theirs.alphas_cumprod])  # ours, up to rounding
+    model = Stub(alphas_bar, answer)
+    ours_rng, their_rng = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    shape = (2, 3, 8, 8)
+    x = torch.randn(shape, generator=their_rng)
+    steps = list(ddpm.ddpm_sample(model, lambda: torch.randn(shape, generator=ours_rng)))
+    assert [s for s, _, _ in steps] == list(range(999, -1, -1))
+    for s, ours, _ in steps:
+        out = theirs.step(answer(x, torch.full((2,), s + 1)), s, x, generator=their_rng)
+        torch.testing.assert_close(ours, out.prev_sample, atol=1e-5, rtol=1e-5)
+        x = ours
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 20, 50])
+def test_dpm_solver_equals_diffusers_at_every_step(ddpm, steps):
+    theirs = DPMSolverMultistepScheduler(
+        1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        thresholding=True,  # with a largest value of 1: plain clipping
+        sample_max_value=1.0,
+        final_sigmas_type="zero",
+    )
+    times = ddpm.sampling_times(1000, steps)
+    theirs.set_timesteps(timesteps=[t - 1 for t in times[:-1]])
+    model = Stub(ddpm.make_alphas_bar("cosine", 1000), answer)
+    x = x_T = torch.randn(2, 3, 8, 8)
+    for t, (s, ours, _) in zip(times, ddpm.dpm_sample(model, lambda: x_T, steps)):
+        out = theirs.step(answer(x, torch.full((2,), t)), t - 1, x)
+        torch.testing.assert_close(ours, out.prev_sample, atol=1e-4, rtol=1e-4)
+        x = ours
+    assert s == 0
+
+
+@pytest.mark.parametrize("sampler", ["ddpm_sample", "dpm_sample"])
+@pytest.mark.parametrize("steps", [20, 100])
+def test_with_the_perfect_denoiser_samples_are_training_pictures(ddpm, sampler, steps):
+    """For a finite set the best denoiser is a softmax over its pictures."""
+    alphas_bar = ddpm.make_alphas_bar("cosine", 1000)
+    torch.manual_seed(0)
+    training = (torch.rand(5, 3, 8, 8) * 2 - 1).double()
+
+    def best(x, t):
+        a = alphas_bar[t].view(-1, 1, 1, 1).double()
+        distance = (x[:, None].double() - a[:, None].sqrt() * training).square().sum((2, 3, 4))
+        weight = (-distance / (2 * (1 - a.view(-1, 1)))).softmax(1)
+        x_0 = torch.einsum("nk,kchw->nchw", weight, training)
+        return ((a.sqrt() * x - x_0) / (1 - a).sqrt()).float()  # as v
+
+    model, noise = Stub(alphas_bar, best), ddpm.Noise(16, 0, (3, 8, 8))
+    *_, (s, x, _) = getattr(ddpm, sampler)(model, noise, steps)
+    nearest = (x[:, None] - training).abs().amax((2, 3, 4)).amin(1)
+    assert s == 0 and nearest.max() < 0.01
+
+
+def test_x_0_is_clipped(ddpm):
+    model = Stub(ddpm.make_alphas_bar("cosine", 1000), lambda x, t: 100 * x)
+    for sampler in (ddpm.ddpm_sample, ddpm.dpm_sample):
+        for _, x, x_0 in sampler(model, ddpm.Noise(2, 0, (3, 8, 8)), 10):
+            assert x_0.abs().max() <= 1
+        assert x.abs().max() <= 1
+
+
+@pytest.mark.parametrize("dim", [2, 16, 64])
+def test_time_embedding_is_its_definition(ddpm, dim):
+    t = torch.tensor([0, 1, 7, 500, 1000])
+    embedding = ddpm.time_embedding(t, dim)
+    for row, moment in zip(embedding, t.tolist()):
+        for i in range(dim // 2):
+            omega = 10000 ** (-2 * i / dim)
+            assert math.isclose(row[i], math.sin(moment * omega), abs_tol=2e-4)
+            assert math.isclose(row[dim // 2 + i], math.cos(moment * omega), abs_tol=2e-4)
+
+
+@pytest.mark.parametrize("size", [16, 24, 32, (16, 40)])
+def test_network_keeps_the_shape(network, size):
+    h, w = (size, size) if isinstance(size, int) else size
+    x = torch.randn(2, 3, h, w)
+    out = network(mults=(1, 2, 3))(x, torch.tensor([1, 1000]))
+    assert out.shape == x.shape and out.isfinite().all()
+
+
+def test_network_names_sizes_that_do_not_work(network):
+    with pytest.raises(ValueError, match="multiples of 4, not 18 and 24"):
+        network(mults=(1, 2, 3))(torch.randn(1, 3, 18, 24), torch.tensor([1]))
+
+
+def test_network_has_the_agreed_size_and_starts_at_zero(ddpm):
+    model = ddpm.UNet()
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 8e6
+    assert model(torch.randn(2, 3, 24, 24), torch.tensor([1, 1000])).abs().max() == 0
+
+
+def test_network_looks_at_time_and_at_far_places(network):
+    model, x = network(mults=(1, 2, 3)), torch.randn(1, 3, 24, 24)
+    one, other = model(x, torch.tensor([10])), model(x, torch.tensor([700]))
+    assert (one - other).abs().max() > 1e-3
+    x.requires_grad_()
+    model(x, torch.tensor([10]))[0, 0, 0, 0].backward()
+    assert x.grad[0, :, -1, -1].abs().max() > 0  # the opposite corner
+
+
+def test_predict_finds_photo_and_noise_again(ddpm):
+    """If the network answers the true v, both come back."""
+    alphas_bar = ddpm.make_alphas_bar("cosine", 1000)
+    x_0, eps, t = torch.rand(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([1, 30, 500, 900])
+    x_t = ddpm.add_noise(x_0, t, eps, alphas_bar)
+    v = diffusers_ddpm("cosine").get_velocity(x_0, eps, t - 1)
+    photo, noise = ddpm.predict(Stub(alphas_bar, lambda x, t: v), x_t, t)
+    torch.testing.assert_close(photo, x_0, atol=1e-4, rtol=0)
+    torch.testing.assert_close(noise, eps, atol=1e-4, rtol=0)
+
+
+def test_loss_is_the_error_of_eps_with_a_cap(ddpm):
+    """Up to SNR 5 the loss is Ho's error of eps; above, 5 times the error of x_0."""
+    alphas_bar = ddpm.make_alphas_bar("cosine", 1000)
+    model = Stub(alphas_bar, answer)
+    x_0, eps = torch.rand(6, 3, 8, 8) * 2 - 1, torch.randn(6, 3, 8, 8)
+    t = torch.tensor([5, 100, 200, 400, 700, 990])
+    photo, noise = ddpm.predict(model, ddpm.add_noise(x_0, t, eps, alphas_bar), t)
+    snr = alphas_bar[t] / (1 - alphas_bar[t])
+    by_eps = (noise - eps).square().mean((1, 2, 3))
+    by_x_0 = 5 * (photo - x_0).square().mean((1, 2, 3))
+    expected = torch.where(snr > 5, by_x_0, by_eps)
+    loss = ddpm.diffusion_loss(model, x_0, t, eps, alphas_bar)
+    assert (snr > 5).any() and (snr < 5).any()
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_same_seed_same_picture_alone_or_in_company(ddpm, network):
+    model = network()
+    together = ddpm.draw(model, 5, seed=10, steps=5)
+    alone = ddpm.draw(model, 1, seed=13, steps=5)
+    assert (together[3].int() - alone[0].int()).abs().max() <= 1
+    assert (together[3] != together[2]).any()
+    for sampler in ("dpm", "ddpm"):
+        assert torch.equal(ddpm.draw(model, 2, 1, 5, sampler), ddpm.draw(model, 2, 1, 5, sampler))
+
+
+def test_drawing_uses_evaluation_mode_and_no_gradients(ddpm, network):
+    model = network().train()
+    for _, x, _ in ddpm.sample(model, 1, 0, 2):
+        assert not model.training and not x.requires_grad
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_impossible_numbers_of_steps(ddpm, network, steps):
+    with pytest.raises(ValueError, match="between 1 and 1000"):
+        ddpm.draw(network(), 1, 0, steps)
+
+
+def test_bytes_clip_and_come_back(ddpm):
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(ddpm.to_bytes(ddpm.to_signed(every)), every)
+    assert ddpm.to_bytes(torch.tensor([-1.2, 1.1])).tolist() == [0, 255]

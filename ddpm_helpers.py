@@ -286,6 +286,7 @@ class TrainingRun:
             self.best = loss
             record = {k: self.settings[k] for k in ("pictures", "batch_size", "lr", "seed")}
             record |= {"epochs": self.epoch, "heldout_loss": loss, "device": device_name()}
+            record |= {"processes": self.accelerator.num_processes}
             record |= {"seconds": round(self._clock()), "torch": str(torch.__version__)}
             save_model(self.out, self.average, record)
 
@@ -542,7 +543,7 @@ def widget(watch, checkpoint, most_steps):
         for number, picture in enumerate(pictures, seed):
             path = folder / f"cat_{number}.png"
             save_png(picture, path)
-            singles.append((str(path), f"seed {number}"))
+            singles.append((str(path), str(number)))
         cats = "1 cat" if count == 1 else f"{count} cats"
         yield _enlarged(pictures), singles, f"{cats} in {seconds:.1f} seconds, by {checkpoint}"
 
@@ -565,15 +566,19 @@ def widget(watch, checkpoint, most_steps):
                 count = gr.Slider(1, 64, value=16, step=1, label="How many cats")
                 with gr.Row():
                     seed = gr.Number(0, precision=0, label="Seed of the first cat", min_width=120)
-                    dice = gr.Button("\N{GAME DIE} Roll", min_width=80)
+                    dice = gr.Button("Roll the dice", min_width=80)
                 steps = gr.Slider(1, most_steps, value=20, step=1, label="Steps")
                 kinds = [("DPM-Solver++", "dpm"), ("Algorithm 2", "ddpm")]
                 sampler = gr.Radio(kinds, value="dpm", label="Sampler")
                 button = gr.Button("Make cats", variant="primary")
             with gr.Column(scale=3, min_width=300):
-                whole = gr.Image(label="All", format="png", interactive=False, height=500)
+                keep = ["download", "fullscreen"]
+                whole = gr.Image(label="All", format="png", height=500, buttons=keep)
                 status = gr.Markdown("Press **Make cats**.")
-        singles = gr.Gallery(label="One by one", format="png", columns=8, elem_id="singles")
+        singles = gr.Gallery(
+            label="One by one, by seed: click on a cat to download it",
+            **dict(format="png", columns=8, height="auto", buttons=keep, elem_id="singles"),
+        )
         dice.click(lambda: secrets.randbelow(1_000_000), outputs=seed)
         button.click(
             generate,

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from IPython.core.inputtransformer2 import TransformerManager
 from PIL import Image, ImageOps
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -56,10 +57,13 @@ def notebook(path=PROJECT / "DDPM_cats.ipynb"):
     sys.modules[module.__name__] = module
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     for number, cell in enumerate(cells):
-        source = "".join(cell["source"])
-        if cell["cell_type"] != "code" or source.lstrip().startswith("%"):
+        if cell["cell_type"] != "code":
             continue
-        tree = ast.parse(source)
+        source = TransformerManager().transform_cell("".join(cell["source"]))  # %magic, !command
+        try:
+            tree = ast.parse(source)
+        except SyntaxError as error:
+            raise UsageError(f"Cell {number} of {path} is not valid Python: {error}.") from None
         kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
         tree.body = [node for node in tree.body if isinstance(node, kinds)]
         name = f"{path}, cell {number}"
@@ -71,16 +75,33 @@ def notebook(path=PROJECT / "DDPM_cats.ipynb"):
 def overrides(parameters, prefix="DDPM_"):
     """The parameters (upper-case names) that environment variables such as DDPM_MODE change."""
     changed = {}
-    for name, value in parameters.items():
-        text = os.environ.get(prefix + name)
-        if text is None or not name.isupper():
+    for variable, text in os.environ.items():
+        name = variable.removeprefix(prefix)
+        if name == variable:
             continue
+        if name not in parameters or not name.isupper():
+            raise UsageError(f"There is no parameter {name}, which {variable} wants to set.")
+        kind = type(parameters[name])
         try:
-            changed[name] = type(value)(text)
+            changed[name] = kind(text)
         except ValueError:
-            kind = type(value).__name__
-            raise UsageError(f"{prefix}{name} must be of type {kind}, not {text!r}.") from None
+            raise UsageError(f"{variable} must be of type {kind.__name__}, not {text!r}.") from None
     return changed
+
+
+def check_parameters(p):
+    """Raise UsageError if one of the notebook's parameters, by name, makes no sense."""
+    if p["MODE"] not in ("lesson", "full", "skip"):
+        raise UsageError(f'MODE is "lesson", "full" or "skip", not {p["MODE"]!r}.')
+    lowest = dict(SIZE=8, TIMESTEPS=20, EPOCHS=1, BATCH_SIZE=1, FILM_STEPS=1, SEED=0)
+    lowest |= dict(LESSON_EPOCHS=1, LESSON_PICTURES=2)
+    for name, least in lowest.items():
+        if type(p[name]) is not int or p[name] < least:
+            raise UsageError(f"{name} must be a whole number from {least}, not {p[name]!r}.")
+    if p["SIZE"] % 4 or p["SIZE"] > 64:
+        raise UsageError(f"SIZE must be a multiple of 4 from 8 to 64, not {p['SIZE']}.")
+    if not 0 < p["LEARNING_RATE"] < 1:
+        raise UsageError(f"LEARNING_RATE must be between 0 and 1, not {p['LEARNING_RATE']!r}.")
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -142,7 +163,7 @@ def load_pictures(folder, size, cache_folder=PROJECT / ".cache"):
     def read(path):
         try:
             return np.asarray(fit(open_picture(path, at_least=3 * size), size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except Exception:  # whatever the damage, one bad file must not stop the others
             return None
 
     with ThreadPoolExecutor() as pool:
@@ -229,9 +250,15 @@ class TrainingRun:
     """The files of one training: `out`, the best model, and beside it `out` with the ending
     .training: all that is needed to go on after the last whole epoch, to the bit."""
 
-    def __init__(self, out, settings, model, average, optimizer, rng, accelerator):
+    def __init__(self, out, pictures, settings, model, average, optimizer, rng, accelerator):
+        """Load what there is into model, average (networks), optimizer and rng (a Generator).
+
+        settings: numbers that must be the same on resuming. Raises UsageError if `out` cannot
+        be written, or if it or its state file belong to another training."""
         self.out, self.state_file = Path(out), Path(out).with_suffix(".training")
-        self.settings = settings | {k: str(v) for k, v in model.config.items()}
+        content = hashlib.sha256(pictures.numpy()).hexdigest()[:16]
+        self.settings = {"pictures": len(pictures), "content": content} | settings
+        self.settings |= {k: str(v) for k, v in model.config.items()}
         self.model, self.average, self.optimizer, self.rng = model, average, optimizer, rng
         self.accelerator = accelerator
         self.epoch, self.best, self.seconds, self.heldout = 0, math.inf, 0.0, []
@@ -249,19 +276,30 @@ class TrainingRun:
             settings = state["settings"]
         except Exception:
             raise UsageError(f"{self.state_file} is damaged: delete it to train anew.") from None
+        if state["epoch"] > 0 and not self.out.exists():
+            raise UsageError(
+                f"{self.state_file} is there but {self.out} is gone: put it back to go on, "
+                f"or delete {self.state_file.name} to train anew."
+            )
         changed = [k for k in self.settings if settings.get(k) != self.settings[k]]
         if changed:
             was = ", ".join(f"{k} was {settings.get(k)}, is {self.settings[k]}" for k in changed)
             raise UsageError(
-                f"{self.state_file} belongs to another training ({was}): "
-                "delete it to train anew, or choose another name."
+                f"{self.state_file} belongs to another training ({was}): delete it and "
+                f"{self.out.name} to train anew, or choose another name."
             )
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.rng.set_state(state["rng"])
+        if state["rng_device"] == self.rng.device.type:
+            self.rng.set_state(state["rng"])
+        else:  # a CPU cannot go on with a GPU's random numbers: take new ones
+            self.rng.manual_seed(self.settings["seed"] + state["epoch"])
         self.epoch, self.best = state["epoch"], state["best"]
         self.seconds, self.heldout = state["seconds"], state["heldout"]
+        if self.out.exists():  # an interrupted epoch may have left a better one
+            record = torch.load(self.out, map_location="cpu", weights_only=True)["record"]
+            self.best = min(self.best, record["heldout_loss"])
 
     def _save(self):
         if self.accelerator.is_main_process:
@@ -269,6 +307,7 @@ class TrainingRun:
             state |= {"seconds": self.seconds, "heldout": self.heldout}
             state |= {"model": self.model.state_dict(), "average": self.average.state_dict()}
             state |= {"optimizer": self.optimizer.state_dict(), "rng": self.rng.get_state()}
+            state |= {"rng_device": self.rng.device.type}
             write_file(self.state_file, lambda part: torch.save(state, part))
 
     def check(self, loss, where):
@@ -277,7 +316,8 @@ class TrainingRun:
             kept = f"The best weights so far are in {self.out}. " if self.out.exists() else ""
             raise UsageError(
                 f"The loss became {float(loss)} {where}. {kept}"
-                f"Use a smaller learning rate than {self.settings['lr']} and train anew."
+                f"Move it and {self.state_file.name} away and train anew, "
+                f"with a smaller learning rate than {self.settings['lr']}."
             )
 
     def keep_if_best(self, loss):
@@ -408,10 +448,18 @@ def show_rows(rows, titles=None, width=10):
     show_figure(figure)
 
 
-def show_before_after(images, size):
-    """Plot PIL images as they are above what becomes of them at size x size."""
-    before = [torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images]
-    after = [torch.from_numpy(np.array(fit(i, size))).permute(2, 0, 1) for i in images]
+def show_before_after(folder, size, count=10):
+    """Plot the first readable pictures of a folder above what becomes of them at size x size."""
+    before, after = [], []
+    for path in find_pictures(folder):
+        with contextlib.suppress(Exception):  # `load_pictures` names what cannot be read
+            image = open_picture(path, at_least=200)
+            shrunk = fit(image, size)
+            image.thumbnail((200, 200))
+            for row, picture in ((before, image), (after, shrunk)):
+                row.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+        if len(after) == count:
+            break
     show_rows({"file": before, f"{size}x{size}": after})
 
 
@@ -485,6 +533,11 @@ def even_in_log_snr(alphas_bar, frames):
     return torch.cat([torch.zeros(1, dtype=t.dtype), t.unique()])
 
 
+def gif_folder(data):
+    """Where films go: gifs/own, which git ignores, if they may show pictures of your own."""
+    return Path("gifs") if Path(data) == Path("cats_large/cats") else Path("gifs/own")
+
+
 def save_gif(frames, path, columns=3, scale=4, seconds=4, hold=1.5, limit=500_000):
     """Write frames as an endless GIF of less than `limit` bytes.
 
@@ -496,12 +549,18 @@ def save_gif(frames, path, columns=3, scale=4, seconds=4, hold=1.5, limit=500_00
         grids = [grid(panel.cpu(), columns) for panel in panels]
         gap = torch.full_like(grids[0][:, :, :4], 255)
         parts = [part for g in grids for part in (g, gap)][:-1]
-        images.append(to_image(torch.cat(parts, dim=2), scale).convert("RGB"))
-    montage = Image.fromarray(np.concatenate([np.asarray(i)[::scale, ::scale] for i in images]))
+        images.append(to_image(torch.cat(parts, dim=2)).convert("RGB"))
+    montage = Image.fromarray(np.concatenate([np.asarray(i) for i in images]))
     durations = [int(1000 * seconds / len(images))] * (len(images) - 1) + [int(1000 * hold)]
-    for colours in (128, 64, 32, 16):
+    tries = [(scale, n) for n in (128, 64, 32)] + [(s, 64) for s in range(scale - 1, 0, -1)]
+    for scale, colours in tries:  # fewer colours first, then smaller
         palette = montage.quantize(colours, method=Image.Quantize.MEDIANCUT)
-        first, *rest = [i.quantize(palette=palette, dither=Image.Dither.NONE) for i in images]
+        first, *rest = [
+            i.quantize(palette=palette, dither=Image.Dither.NONE).resize(
+                (i.width * scale, i.height * scale), Image.Resampling.NEAREST
+            )
+            for i in images
+        ]
         gif = io.BytesIO()
         options = dict(append_images=rest, duration=durations, loop=0)
         first.save(gif, format="GIF", save_all=True, **options)
@@ -577,7 +636,11 @@ def widget(watch, checkpoint, most_steps):
                 status = gr.Markdown("Press **Make cats**.")
         singles = gr.Gallery(
             label="One by one, by seed: click on a cat to download it",
-            **dict(format="png", columns=8, height="auto", buttons=keep, elem_id="singles"),
+            format="png",
+            columns=8,
+            height="auto",
+            buttons=keep,
+            elem_id="singles",
         )
         dice.click(lambda: secrets.randbelow(1_000_000), outputs=seed)
         button.click(
@@ -633,11 +696,14 @@ def _generate(options):
         raise UsageError(f"--out must end in .png, .gif or .npy, or be a folder, not {out.name}.")
     columns = math.ceil(math.sqrt(options.count))
     if out.suffix.lower() == ".gif":
-        save_gif(ddpm.film(model, options.count, options.seed, options.steps), out, columns)
+        film = ddpm.film(model, options.count, options.seed, options.steps, options.sampler)
+        save_gif(film, out, columns)
         return
     starts = range(0, options.count, 128)  # a picture does not depend on those drawn beside it
     batches = [
-        ddpm.draw(model, min(128, options.count - i), options.seed + i, options.steps)
+        ddpm.draw(
+            model, min(128, options.count - i), options.seed + i, options.steps, options.sampler
+        )
         for i in (tqdm(starts, "drawing") if len(starts) > 1 else starts)
     ]
     pictures = torch.cat(batches)
@@ -666,6 +732,15 @@ def _whole(lowest, highest):
     return parse
 
 
+def _rate(text):
+    try:
+        if 0 < float(text) < 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, not {text}")
+
+
 def main(arguments=None):
     """The command line; see `python ddpm_helpers.py --help`."""
     parser = argparse.ArgumentParser(description="Draw cats, or train on pictures of your own.")
@@ -674,7 +749,8 @@ def main(arguments=None):
     command.set_defaults(run=_generate)
     command.add_argument("--count", type=_whole(1, 1_000_000), default=16, help="how many (16)")
     command.add_argument("--seed", type=_whole(0, 2**32), default=0, help="of the first one (0)")
-    command.add_argument("--steps", type=_whole(1, 1000), default=None, help="network calls each")
+    command.add_argument("--steps", type=_whole(1, 10_000), help="network calls (20; ddpm: all)")
+    command.add_argument("--sampler", choices=["dpm", "ddpm"], default="dpm", help="(dpm)")
     command.add_argument("--model", default=str(PROJECT / "model.pt"), help="checkpoint (model.pt)")
     command.add_argument("--scale", type=_whole(1, 32), default=1, help="enlarge the .png grid (1)")
     command.add_argument(
@@ -689,7 +765,7 @@ def main(arguments=None):
     command.add_argument("--size", type=_whole(8, 256), default=24, help="pixels (24)")
     command.add_argument("--timesteps", type=_whole(20, 10_000), default=1000, help="T (1000)")
     command.add_argument("--batch-size", type=_whole(1, 65_536), default=64, help="(64)")
-    command.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (1e-3)")
+    command.add_argument("--lr", type=_rate, default=1e-3, help="highest learning rate (1e-3)")
     command.add_argument("--seed", type=_whole(0, 2**32), default=0, help="(0)")
     options = parser.parse_args(arguments)
     try:

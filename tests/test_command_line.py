@@ -48,7 +48,7 @@ def test_generate_says_what_is_wrong(model, tmp_path):
         (["--out", "cats.png", "--model", "none.pt"], "There is no none.pt"),
         (["--out", "cats.png", "--count", "0"], "from 1 to"),
         (["--out", "cats.png", "--seed", "abc"], "whole number"),
-        (["--out", "cats.png", "--steps", "2000"], "from 1 to 1000"),
+        (["--out", "cats.png", "--steps", "2000", "--model", model], "between 1 and 1000"),
     ]:
         error = run("generate", *options, cwd=tmp_path, code=2).stderr
         assert words in error and len(error.strip().splitlines()[-1]) < 200
@@ -66,7 +66,12 @@ def test_train_then_resume_then_generate(folder, tmp_path):
     assert np.load(tmp_path / "a.npy").shape == (16, 8, 8, 3)
 
 
-def test_train_says_what_is_wrong(tmp_path):
+def test_train_says_what_is_wrong(folder, tmp_path):
     assert "is not a folder" in run("train", "--data", "none", cwd=tmp_path, code=2).stderr
-    error = run("train", "--data", tmp_path, cwd=tmp_path, code=2).stderr
+    (tmp_path / "empty").mkdir()
+    error = run("train", "--data", "empty", cwd=tmp_path, code=2).stderr
     assert "holds no pictures" in error
+    error = run("train", "--data", folder, "--size", 30, cwd=tmp_path, code=2).stderr
+    assert "cannot be halved" in error and not list(tmp_path.glob("new_model*"))
+    error = run("train", "--data", folder, "--lr", "-1", cwd=tmp_path, code=2).stderr
+    assert "between 0 and 1" in error

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # ours: theirs
@@ -180,6 +181,16 @@ def test_network_keeps_the_shape(network, size):
     x = torch.randn(2, 3, h, w)
     out = network(mults=(1, 2, 3))(x, torch.tensor([1, 1000]))
     assert out.shape == x.shape and out.isfinite().all()
+
+
+def test_attention_equals_torch_s_own(ddpm):
+    torch.manual_seed(0)
+    attention, x = ddpm.SelfAttention(16, heads=2), torch.randn(3, 16, 4, 6)
+    torch.nn.init.normal_(attention.out.weight)
+    q, k, v = attention.qkv(attention.norm(x)).chunk(3, dim=1)
+    tokens = [part.flatten(2).unflatten(1, (2, 8)).transpose(2, 3) for part in (q, k, v)]
+    mixed = F.scaled_dot_product_attention(*tokens).transpose(2, 3).reshape(x.shape)
+    torch.testing.assert_close(attention(x), x + attention.out(mixed), atol=1e-5, rtol=1e-5)
 
 
 def test_network_names_sizes_that_do_not_work(network):

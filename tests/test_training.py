@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import blobs
 
 import ddpm_helpers as helpers
@@ -86,6 +87,17 @@ def test_interrupted_in_the_first_epoch_leaves_a_usable_model(ddpm, network, tmp
     assert ddpm.draw(ddpm.load_model(tmp_path / "m.pt"), 1, 0, 2).shape == (1, 3, 24, 24)
 
 
+def test_a_better_model_of_an_interrupted_epoch_is_not_overwritten(
+    ddpm, network, tmp_path, monkeypatch
+):
+    out, results = tmp_path / "m.pt", iter([0.5, 0.1, 0.3, 0.4])
+    monkeypatch.setattr(ddpm, "examine", lambda *_: next(results))
+    collect(ddpm, network(), blobs(42), 2, out, stop_after=6)  # 0.5, then 0.1 when interrupted
+    kept = weights(out)
+    collect(ddpm, network(), blobs(42), 3, out)  # 0.3, 0.4
+    assert all(torch.equal(v, weights(out)[k]) for k, v in kept.items())
+
+
 def test_kept_weights_are_those_of_the_lowest_held_out_loss(ddpm, network, tmp_path, monkeypatch):
     results = iter([0.5, 0.2, 0.9])
     monkeypatch.setattr(ddpm, "examine", lambda *_: next(results))
@@ -106,7 +118,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(ddpm, net
     damaged["model"]["last.bias"] += math.nan
     torch.save(damaged, state)
     good = weights(out)
-    with pytest.raises(helpers.UsageError, match="became nan .* smaller learning rate"):
+    with pytest.raises(helpers.UsageError, match="became nan .* m.training away .* smaller"):
         collect(ddpm, network(), blobs(42), 6, out)
     assert all(torch.equal(v, weights(out)[k]) for k, v in good.items())
 
@@ -118,6 +130,12 @@ def test_other_settings_are_not_mixed_up(ddpm, network, tmp_path):
         collect(ddpm, network(), blobs(42), 2, out, batch_size=4)
     with pytest.raises(helpers.UsageError, match="pictures was 42, is 30"):
         collect(ddpm, network(), blobs(30), 2, out)
+    with pytest.raises(helpers.UsageError, match="content was"):
+        collect(ddpm, network(), blobs(42, seed=1), 2, out)
+    out.rename(tmp_path / "kept.pt")
+    with pytest.raises(helpers.UsageError, match="m.pt is gone: put it back"):
+        collect(ddpm, network(), blobs(42), 2, out)
+    (tmp_path / "kept.pt").rename(out)
     out.with_suffix(".training").unlink()
     with pytest.raises(helpers.UsageError, match="exists already"):
         collect(ddpm, network(), blobs(42), 2, out)
@@ -150,7 +168,7 @@ def test_flips_mirror_about_half_of_the_pictures(ddpm):
 def test_average_is_the_weighted_mean_it_claims_to_be(ddpm):
     """EDM2's power function: the weight of step i in the average is proportional to i^gamma."""
     model, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
-    values = torch.rand(500, dtype=torch.float64) + 1
+    values = torch.linspace(1, 3, 500, dtype=torch.float64)
     for step, value in enumerate(values, 1):
         model.weight.data.fill_(value)
         ddpm.update_average(average, model, step)
@@ -176,6 +194,13 @@ def test_place_that_cannot_be_written_shows_at_once(ddpm, network, tmp_path):
         collect(ddpm, network(), blobs(42), 1, tmp_path / "file" / "m.pt")
 
 
-def test_bf16_choice_is_made_by_measurement(monkeypatch):
-    monkeypatch.undo()
-    assert helpers.bf16_is_faster() in (True, False)
+def test_training_in_16_bits_learns_as_well(ddpm, tmp_path, monkeypatch):
+    AcceleratorState._reset_state()
+    monkeypatch.setattr(helpers, "bf16_is_faster", lambda: True)
+    torch.manual_seed(0)
+    model = ddpm.UNet(width=16, mults=(1, 2))
+    seen = collect(ddpm, model, blobs(160), 2, tmp_path / "m.pt", lr=3e-3)
+    AcceleratorState._reset_state()
+    heldout = [p.heldout for p in seen if p.heldout is not None]
+    assert heldout[1] < 0.9 * heldout[0]
+    assert {w.dtype for w in weights(tmp_path / "m.pt").values()} == {torch.float32}

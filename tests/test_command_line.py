@@ -1,8 +1,10 @@
 """`python ddpm_helpers.py`, called as a user would."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -75,3 +77,21 @@ def test_train_says_what_is_wrong(folder, tmp_path):
     assert "cannot be halved" in error and not list(tmp_path.glob("new_model*"))
     error = run("train", "--data", folder, "--lr", "-1", cwd=tmp_path, code=2).stderr
     assert "between 0 and 1" in error
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_interrupted_training_keeps_what_it_has_and_goes_on(folder, tmp_path):
+    command = [sys.executable, str(ROOT / "ddpm_helpers.py"), "train", "--data", str(folder)]
+    command += ["--batch-size", "8", "--size", "8", "--out", "new.pt", "--epochs"]
+    training = subprocess.Popen([*command, "10000"], cwd=tmp_path, stderr=subprocess.PIPE)
+    state, started = tmp_path / "new.training", time.time()
+    while not state.exists() or torch.load(state, weights_only=True)["epoch"] < 1:
+        assert training.poll() is None and time.time() - started < 100
+        time.sleep(0.2)
+    training.send_signal(signal.SIGINT)
+    error = training.communicate(timeout=60)[1].decode()
+    assert training.returncode == 0 and "--resume goes on" in error and "Traceback" not in error
+    epoch = torch.load(state, weights_only=True)["epoch"]
+    assert epoch >= 1
+    subprocess.run([*command, str(epoch + 2), "--resume"], cwd=tmp_path, check=True)
+    assert torch.load(state, weights_only=True)["epoch"] == epoch + 2

@@ -256,7 +256,7 @@ class TrainingRun:
         settings: numbers that must be the same on resuming. Raises UsageError if `out` cannot
         be written, or if it or its state file belong to another training."""
         self.out, self.state_file = Path(out), Path(out).with_suffix(".training")
-        content = hashlib.sha256(pictures.numpy()).hexdigest()[:16]
+        content = hashlib.sha256(pictures.contiguous().numpy()).hexdigest()[:16]
         self.settings = {"pictures": len(pictures), "content": content} | settings
         self.settings |= {k: str(v) for k, v in model.config.items()}
         self.model, self.average, self.optimizer, self.rng = model, average, optimizer, rng
@@ -538,11 +538,12 @@ def gif_folder(data):
     return Path("gifs") if Path(data) == Path("cats_large/cats") else Path("gifs/own")
 
 
-def save_gif(frames, path, columns=3, scale=4, seconds=4, hold=1.5, limit=500_000):
+def save_gif(frames, path, columns=3, scale=4, seconds=4, hold=1.5, best=-1, limit=500_000):
     """Write frames as an endless GIF of less than `limit` bytes.
 
     Each frame is a list of panels, bytes (N, C, H, W), that are shown side by side as grids.
-    One palette serves all frames, so colours don't flicker; the last frame is held.
+    One palette serves all frames, so colours don't flicker; it suits frame number `best` best.
+    The last frame is held. Raises UsageError if not even the smallest version is small enough.
     """
     images = []
     for panels in frames:
@@ -550,11 +551,12 @@ def save_gif(frames, path, columns=3, scale=4, seconds=4, hold=1.5, limit=500_00
         gap = torch.full_like(grids[0][:, :, :4], 255)
         parts = [part for g in grids for part in (g, gap)][:-1]
         images.append(to_image(torch.cat(parts, dim=2)).convert("RGB"))
-    montage = Image.fromarray(np.concatenate([np.asarray(i) for i in images]))
+    typical = 3 * [images[best]] + images[::3]
+    montage = Image.fromarray(np.concatenate([np.asarray(i) for i in typical]))
     durations = [int(1000 * seconds / len(images))] * (len(images) - 1) + [int(1000 * hold)]
-    tries = [(scale, n) for n in (128, 64, 32)] + [(s, 64) for s in range(scale - 1, 0, -1)]
+    tries = [(scale, n) for n in (128, 96, 64, 48)] + [(s, 64) for s in range(scale - 1, 0, -1)]
     for scale, colours in tries:  # fewer colours first, then smaller
-        palette = montage.quantize(colours, method=Image.Quantize.MEDIANCUT)
+        palette = montage.quantize(colours, method=Image.Quantize.MEDIANCUT, kmeans=3)
         first, *rest = [
             i.quantize(palette=palette, dither=Image.Dither.NONE).resize(
                 (i.width * scale, i.height * scale), Image.Resampling.NEAREST

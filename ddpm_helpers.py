@@ -585,15 +585,14 @@ def widget(watch, checkpoint, most_steps):
     """
     import gradio as gr
 
+    few_steps = min(20, most_steps)
     folder = Path(tempfile.mkdtemp(prefix="ddpm-cats-"))
 
     def generate(count, seed, steps, sampler):
         """Stream the grid while it is drawn; at last also the single pictures."""
-        count, seed, steps = (_check(*v) for v in (
-            ("The number of cats", count, 1, 64),
-            ("The seed", seed, 0, 2**32 - 1),
-            ("The number of steps", steps, 1, most_steps),
-        ))  # fmt: skip
+        count = _check("The number of cats", count, 1, 64)
+        seed = _check("The seed", seed, 0, 2**32 - 1)
+        steps = _check("The number of steps", steps, 1, most_steps)
         started = shown = time.time()
         for done, pictures in watch(count, seed, steps, sampler):
             if done < 1 and time.time() - shown > 0.15:
@@ -628,23 +627,25 @@ def widget(watch, checkpoint, most_steps):
                 with gr.Row():
                     seed = gr.Number(0, precision=0, label="Seed of the first cat", min_width=120)
                     dice = gr.Button("Roll the dice", min_width=80)
-                steps = gr.Slider(1, most_steps, value=20, step=1, label="Steps")
+                steps = gr.Slider(1, most_steps, value=few_steps, step=1, label="Steps")
                 kinds = [("DPM-Solver++", "dpm"), ("Algorithm 2", "ddpm")]
                 sampler = gr.Radio(kinds, value="dpm", label="Sampler")
                 button = gr.Button("Make cats", variant="primary")
             with gr.Column(scale=3, min_width=300):
-                keep = ["download", "fullscreen"]
-                whole = gr.Image(label="All", format="png", height=500, buttons=keep)
+                buttons = ["download", "fullscreen"]
+                whole = gr.Image(label="All", format="png", height=500, buttons=buttons)
                 status = gr.Markdown("Press **Make cats**.")
         singles = gr.Gallery(
             label="One by one, by seed: click on a cat to download it",
             format="png",
             columns=8,
             height="auto",
-            buttons=keep,
+            buttons=buttons,
             elem_id="singles",
         )
         dice.click(lambda: secrets.randbelow(1_000_000), outputs=seed)
+        usual_steps = {"dpm": few_steps, "ddpm": most_steps}
+        sampler.change(usual_steps.get, sampler, steps)
         button.click(
             generate,
             [count, seed, steps, sampler],

@@ -266,3 +266,12 @@ def test_bytes_clip_and_come_back(ddpm):
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(ddpm.to_bytes(ddpm.to_signed(every)), every)
     assert ddpm.to_bytes(torch.tensor([-1.2, 1.1])).tolist() == [0, 255]
+
+
+def test_sampling_times_are_different_and_end_at_0(ddpm):
+    for steps in range(1, 1001):
+        times = ddpm.sampling_times(1000, steps)
+        assert times[0] == 1000 and times[-1] == 0 and len(times) == steps + 1
+        assert all(t > s for t, s in zip(times, times[1:]))
+    gaps = [t - s for t, s in zip(ddpm.sampling_times(1000, 20), ddpm.sampling_times(1000, 20)[1:])]
+    assert max(gaps[0], gaps[-1]) < 0.3 * max(gaps)

@@ -89,7 +89,7 @@ def test_lesson_from_top_to_bottom_ends_in_a_widget_that_answers(ddpm, few, tmp_
         assert shown.shape == (24, 24, 3)
         assert abs(shown - picture.permute(1, 2, 0).numpy()).max() <= 1
     for name in ("forward.gif", "denoising.gif"):
-        assert 1000 < (tmp_path / "gifs" / name).stat().st_size < 500_000
+        assert 1000 < (tmp_path / "gifs" / "own" / name).stat().st_size < 500_000
     assert not (tmp_path / "new_model.pt").exists()
 
 

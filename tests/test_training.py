@@ -173,7 +173,7 @@ def test_average_is_the_weighted_mean_it_claims_to_be(ddpm):
         model.weight.data.fill_(value)
         ddpm.update_average(average, model, step)
     weight = torch.arange(1, 501, dtype=torch.float64) ** 16.97
-    assert math.isclose(average.weight, (weight * values).sum() / weight.sum(), rel_tol=2e-3)
+    assert math.isclose(average.weight.item(), (weight * values).sum() / weight.sum(), rel_tol=2e-3)
 
 
 def test_learning_rate_rises_then_falls_to_nothing(ddpm):

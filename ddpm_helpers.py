@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from IPython.core.inputtransformer2 import TransformerManager
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -181,6 +181,38 @@ def load_pictures(folder, size, cache_folder=PROJECT / ".cache"):
     except UsageError:  # no room for a cache: the next start takes longer, that is all
         pass
     return pictures
+
+
+def check_picture(picture, config):
+    """`picture` itself, if it is bytes (C, H, W) as a network of this configuration draws them."""
+    shape = (config["channels"], config["size"], config["size"])
+    if picture.dtype != torch.uint8 or tuple(picture.shape) != shape:
+        raise UsageError(
+            f"The picture must be bytes of shape {shape}, not {tuple(picture.shape)} "
+            f"of {picture.dtype}: `fit` shrinks and `to_picture` converts."
+        )
+    return picture
+
+
+def scribble(size):
+    """What a child calls a cat, on green: bytes (3, size, size)."""
+    image = Image.new("RGB", (240, 240), (150, 190, 140))
+    pen, fur = ImageDraw.Draw(image), (226, 150, 70)
+    pen.polygon([(35, 120), (40, 10), (115, 70)], fill=fur)  # ears
+    pen.polygon([(205, 120), (200, 10), (125, 70)], fill=fur)
+    pen.ellipse([30, 45, 210, 230], fill=fur)  # face
+    pen.ellipse([80, 140, 160, 220], fill=(250, 235, 215))  # muzzle
+    for x in (85, 155):
+        pen.ellipse([x - 20, 95, x + 20, 135], fill=(60, 120, 60))  # eyes
+        pen.ellipse([x - 7, 98, x + 7, 132], fill="black")
+    pen.polygon([(105, 150), (135, 150), (120, 170)], fill=(200, 90, 100))  # nose
+    return to_picture(fit(image, size))
+
+
+def to_picture(image):
+    """PIL image -> bytes (C, H, W)."""
+    array = np.array(image)
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
 
 def _tell_unreadable(names, total):
@@ -384,11 +416,20 @@ def bf16_is_faster():
         layer, picture, best = conv.to(dtype), x.to(dtype), math.inf
         for _ in range(4):  # the first one warms up
             start = time.perf_counter()
-            layer(picture).sum().backward()
+            with torch.enable_grad():
+                layer(picture).sum().backward()
             best = min(best, time.perf_counter() - start)
         return best
 
     return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+
+
+def drawing_precision():
+    """A context in which networks calculate with 16 bits, if that is faster here.
+
+    The pictures change by a level of 255 at most, here and there."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(kind, torch.bfloat16, enabled=bf16_is_faster())
 
 
 # --------------------------------------------------------------------------------------- plots
@@ -752,8 +793,9 @@ def main(arguments=None):
     command.set_defaults(run=_generate)
     command.add_argument("--count", type=_whole(1, 1_000_000), default=16, help="how many (16)")
     command.add_argument("--seed", type=_whole(0, 2**32), default=0, help="of the first one (0)")
-    command.add_argument("--steps", type=_whole(1, 10_000), help="network calls (20; ddpm: all)")
-    command.add_argument("--sampler", choices=["dpm", "ddpm"], default="dpm", help="(dpm)")
+    command.add_argument("--steps", type=_whole(1, 10_000), help="network calls")
+    samplers = ["dpm", "ddim", "ddpm"]
+    command.add_argument("--sampler", choices=samplers, default="dpm", help="(dpm)")
     command.add_argument("--model", default=str(PROJECT / "model.pt"), help="checkpoint (model.pt)")
     command.add_argument("--scale", type=_whole(1, 32), default=1, help="enlarge the .png grid (1)")
     command.add_argument(

@@ -1,11 +1,13 @@
 """Schedule, network and samplers against closed forms and against diffusers."""
 
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from conftest import bf16_is_faster
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # ours: theirs
 
@@ -26,6 +28,8 @@ def answer(x, t):
 
 class Stub(torch.nn.Module):
     """Looks like a U-Net to the samplers, answers with `function`."""
+
+    config = dict(size=8, channels=3, timesteps=1000)
 
     def __init__(self, alphas_bar, function):
         super().__init__()
@@ -106,12 +110,71 @@ def test_algorithm_2_equals_diffusers_at_every_step(ddpm, schedule):
     ours_rng, their_rng = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     shape = (2, 3, 8, 8)
     x = torch.randn(shape, generator=their_rng)
-    steps = list(ddpm.ddpm_sample(model, lambda: torch.randn(shape, generator=ours_rng)))
+    noise = lambda: torch.randn(shape, generator=ours_rng)  # noqa: E731
+    steps = list(ddpm.walk(model, noise(), list(range(1000, -1, -1)), ddpm.ddpm_step, noise))
     assert [s for s, _, _ in steps] == list(range(999, -1, -1))
     for s, ours, _ in steps:
         out = theirs.step(answer(x, torch.full((2,), s + 1)), s, x, generator=their_rng)
         torch.testing.assert_close(ours, out.prev_sample, atol=1e-5, rtol=1e-5)
         x = ours
+
+
+@pytest.mark.parametrize("steps", [1, 10, 50, 1000])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ddim_equals_diffusers_at_every_step(ddpm, steps, eta):
+    theirs = DDIMScheduler(
+        1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=True,
+        timestep_spacing="trailing",
+    )
+    theirs.set_timesteps(steps)
+    times = [t + 1 for t in theirs.timesteps.tolist()] + [0]
+    model = Stub(ddpm.make_alphas_bar("cosine", 1000), answer)
+    torch.manual_seed(4)
+    x, noises = torch.randn(2, 3, 8, 8), torch.randn(steps, 2, 3, 8, 8)
+    rule = functools.partial(ddpm.ddim_step, eta=eta)
+    ours_noise = iter(noises)
+    walk = ddpm.walk(model, x, times, rule, lambda: next(ours_noise))
+    for t, z, (s, ours, _) in zip(times, noises, walk):
+        options = dict(eta=eta, use_clipped_model_output=True, variance_noise=z)
+        out = theirs.step(answer(x, torch.full((2,), t)), t - 1, x, **options)
+        torch.testing.assert_close(ours, out.prev_sample, atol=1e-4, rtol=1e-4)
+        x = ours
+    assert s == 0
+
+
+def test_ddim_with_all_its_noise_is_algorithm_2(ddpm):
+    alphas_bar = ddpm.make_alphas_bar("cosine", 1000)
+    x, x_0, z = torch.randn(3, 2, 3, 8, 8)
+    for t, s in ((1000, 900), (500, 499), (20, 3), (1, 0)):
+        ours = ddpm.ddim_step(x, x_0, t, s, alphas_bar, lambda: z, eta=1.0)
+        expected = ddpm.ddpm_step(x, x_0, t, s, alphas_bar, lambda: z)
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "schedule, timesteps", [("cosine", 1000), ("linear", 1000), ("cosine", 50)]
+)
+def test_sampling_times_are_different_steps_from_T_to_0(ddpm, schedule, timesteps):
+    alphas_bar = ddpm.make_alphas_bar(schedule, timesteps)
+    for steps in range(1, timesteps + 1):
+        times = ddpm.sampling_times(alphas_bar, steps)
+        assert len(times) == steps + 1 and times[0] == timesteps and times[-1] == 0
+        assert all(t > s for t, s in zip(times, times[1:]))
+    with pytest.raises(ValueError, match=f"between 1 and {timesteps} steps"):
+        ddpm.sampling_times(alphas_bar, timesteps + 1)
+
+
+def test_sampling_times_follow_karras(ddpm):
+    """Against the closed form of Karras et al. 2022, equation 5."""
+    alphas_bar = ddpm.make_alphas_bar("cosine", 1000).double()
+    times = ddpm.sampling_times(alphas_bar, 12)
+    sigma = ((1 - alphas_bar) / alphas_bar).sqrt()
+    for i, t in list(enumerate(times))[1:-2]:
+        wanted = (30 ** (1 / 7) + i / 11 * (0.02 ** (1 / 7) - 30 ** (1 / 7))) ** 7
+        assert sigma[t - 1] < wanted * 1.0001 and wanted <= sigma[t] * 1.0001
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 20, 50])
@@ -124,20 +187,20 @@ def test_dpm_solver_equals_diffusers_at_every_step(ddpm, steps):
         sample_max_value=1.0,
         final_sigmas_type="zero",
     )
-    times = ddpm.sampling_times(1000, steps)
-    theirs.set_timesteps(timesteps=[t - 1 for t in times[:-1]])
     model = Stub(ddpm.make_alphas_bar("cosine", 1000), answer)
-    x = x_T = torch.randn(2, 3, 8, 8)
-    for t, (s, ours, _) in zip(times, ddpm.dpm_sample(model, lambda: x_T, steps)):
+    times = ddpm.sampling_times(model.alphas_bar, steps)
+    theirs.set_timesteps(timesteps=[t - 1 for t in times[:-1]])
+    x = torch.randn(2, 3, 8, 8)
+    for t, (s, ours, _) in zip(times, ddpm.walk(model, x, times, ddpm.dpm_step)):
         out = theirs.step(answer(x, torch.full((2,), t)), t - 1, x)
         torch.testing.assert_close(ours, out.prev_sample, atol=1e-4, rtol=1e-4)
         x = ours
     assert s == 0
 
 
-@pytest.mark.parametrize("sampler", ["ddpm_sample", "dpm_sample"])
-@pytest.mark.parametrize("steps", [20, 100])
-def test_with_the_perfect_denoiser_samples_are_training_pictures(ddpm, sampler, steps):
+@pytest.mark.parametrize("rule", ["ddpm_step", "ddim_step", "dpm_step"])
+@pytest.mark.parametrize("steps", [10, 20, 100])
+def test_with_the_perfect_denoiser_samples_are_training_pictures(ddpm, rule, steps):
     """For a finite set the best denoiser is a softmax over its pictures."""
     alphas_bar = ddpm.make_alphas_bar("cosine", 1000)
     torch.manual_seed(0)
@@ -150,16 +213,18 @@ def test_with_the_perfect_denoiser_samples_are_training_pictures(ddpm, sampler, 
         x_0 = torch.einsum("nk,kchw->nchw", weight, training)
         return ((a.sqrt() * x - x_0) / (1 - a).sqrt()).float()  # as v
 
-    model, noise = Stub(alphas_bar, best), ddpm.Noise(16, 0, (3, 8, 8))
-    *_, (s, x, _) = getattr(ddpm, sampler)(model, noise, steps)
+    model = Stub(alphas_bar, best)
+    noise, times = ddpm.Noise(model, 16, 0), ddpm.sampling_times(alphas_bar, steps)
+    *_, (s, x, _) = ddpm.walk(model, noise(), times, getattr(ddpm, rule), noise)
     nearest = (x[:, None] - training).abs().amax((2, 3, 4)).amin(1)
     assert s == 0 and nearest.max() < 0.01
 
 
 def test_x_0_is_clipped(ddpm):
     model = Stub(ddpm.make_alphas_bar("cosine", 1000), lambda x, t: 100 * x)
-    for sampler in (ddpm.ddpm_sample, ddpm.dpm_sample):
-        for _, x, x_0 in sampler(model, ddpm.Noise(2, 0, (3, 8, 8)), 10):
+    noise, times = ddpm.Noise(model, 2, 0), ddpm.sampling_times(model.alphas_bar, 10)
+    for rule in (ddpm.ddpm_step, ddpm.ddim_step, ddpm.dpm_step):
+        for _, x, x_0 in ddpm.walk(model, noise(), times, rule, noise):
             assert x_0.abs().max() <= 1
         assert x.abs().max() <= 1
 
@@ -246,7 +311,7 @@ def test_same_seed_same_picture_alone_or_in_company(ddpm, network):
     alone = ddpm.draw(model, 1, seed=13, steps=5)
     assert (together[3].int() - alone[0].int()).abs().max() <= 1
     assert (together[3] != together[2]).any()
-    for sampler in ("dpm", "ddpm"):
+    for sampler in ("dpm", "ddim", "ddpm"):
         assert torch.equal(ddpm.draw(model, 2, 1, 5, sampler), ddpm.draw(model, 2, 1, 5, sampler))
 
 
@@ -254,6 +319,19 @@ def test_drawing_uses_evaluation_mode_and_no_gradients(ddpm, network):
     model = network().train()
     for _, x, _ in ddpm.sample(model, 1, 0, 2):
         assert not model.training and not x.requires_grad
+
+
+def test_drawing_in_16_bits_changes_next_to_nothing(ddpm, network, monkeypatch):
+    assert bf16_is_faster() in (True, False)
+    bf16_is_faster.cache_clear()
+    with torch.no_grad():  # it has to be asked while drawing, too
+        assert bf16_is_faster() in (True, False)
+    exact = ddpm.draw(network(), 4, 0, 8).int()
+    monkeypatch.setattr(ddpm.helpers, "bf16_is_faster", lambda: True)
+    rounded = ddpm.draw(network(), 4, 0, 8).int()
+    assert (exact - rounded).abs().float().mean() < 2
+    alone = ddpm.draw(network(), 1, 2, 8).int()
+    assert (alone[0] - rounded[2]).abs().max() <= 1
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
@@ -266,12 +344,3 @@ def test_bytes_clip_and_come_back(ddpm):
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(ddpm.to_bytes(ddpm.to_signed(every)), every)
     assert ddpm.to_bytes(torch.tensor([-1.2, 1.1])).tolist() == [0, 255]
-
-
-def test_sampling_times_are_different_and_end_at_0(ddpm):
-    for steps in range(1, 1001):
-        times = ddpm.sampling_times(1000, steps)
-        assert times[0] == 1000 and times[-1] == 0 and len(times) == steps + 1
-        assert all(t > s for t, s in zip(times, times[1:]))
-    gaps = [t - s for t, s in zip(ddpm.sampling_times(1000, 20), ddpm.sampling_times(1000, 20)[1:])]
-    assert max(gaps[0], gaps[-1]) < 0.3 * max(gaps)

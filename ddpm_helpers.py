@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from IPython.core.inputtransformer2 import TransformerManager
 from PIL import Image, ImageDraw, ImageOps
@@ -299,6 +300,9 @@ class TrainingRun:
         elif self.out.exists():
             raise UsageError(f"{out} exists already: move it away, or choose another name.")
         self.started = time.time()
+        if accelerator.is_main_process:
+            for left_behind in self.out.parent.glob(f".{self.out.stem}.*.part"):  # when killed
+                left_behind.unlink(missing_ok=True)
         accelerator.wait_for_everyone()  # nobody writes before all have looked
         self._save()  # now, so that a full disk shows before hours are spent
 
@@ -424,6 +428,10 @@ def bf16_is_faster():
     return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 
+def _is_first_process():
+    return os.environ.get("RANK", "0") == "0"
+
+
 def drawing_precision():
     """A context in which networks calculate with 16 bits, if that is faster here.
 
@@ -515,9 +523,9 @@ class TrainingView:
     def update(self, progress):
         """Take in a `Progress` of the notebook's `train`."""
         if self.bar is None:
-            first = os.environ.get("RANK", "0") == "0"  # of several processes
             done, total = progress.step - 1, progress.steps
-            self.bar = tqdm(desc="training", initial=done, total=total, disable=not first)
+            quiet = not _is_first_process()
+            self.bar = tqdm(desc="training", initial=done, total=total, disable=quiet)
         self.bar.update()
         if progress.heldout is not None:
             self.heldout.append((progress.step, progress.heldout))
@@ -711,7 +719,21 @@ def launch(page, share=False, **options):
 # -------------------------------------------------------------------------------- command line
 
 
+def _start_all_processes():
+    """`accelerate launch --num_processes N` starts one process only where there is no GPU. Then
+    this one gives way to N of them, on PyTorch's own launcher."""
+    if torch.accelerator.is_available() or "MASTER_PORT" not in os.environ or "RANK" in os.environ:
+        return
+    launch = argparse.ArgumentParser(add_help=False)
+    launch.add_argument("--num_processes", "--num-processes", type=int, default=1)
+    asked, _ = launch.parse_known_args(psutil.Process(os.getppid()).cmdline())
+    if asked.num_processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(asked.num_processes)]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
 def _train(options):
+    _start_all_processes()
     ddpm = notebook()
     pictures = load_pictures(options.data, options.size)
     out, state = Path(options.out), Path(options.out).with_suffix(".training")
@@ -729,7 +751,7 @@ def _train(options):
     except KeyboardInterrupt:
         print(f"\nStopped; {out} holds the best so far, --resume goes on.", file=sys.stderr)
     view.close()
-    if out.exists():
+    if out.exists() and _is_first_process():
         print(f"{out}: {json.dumps(ddpm.load_model(out).record)}")
 
 

@@ -1,7 +1,10 @@
-"""How fast this machine trains and draws: python benchmarks/speed.py [--threads N]
+"""How fast this machine trains and draws: python benchmarks/speed.py [--threads N] [--peers]
 
-Prints pictures per second of training in 32 and in 16 bits, and seconds for 16 cats, with the
-ratios of what was measured side by side in this run. Takes about two minutes on two CPU cores.
+Prints pictures per second of training in 32 and in 16 bits, and seconds for 16 cats and for one,
+with the ratios of what was measured side by side in this run. `--peers` adds the sampling of
+denoising_diffusion_pytorch and diffusers (pip install denoising_diffusion_pytorch diffusers),
+each with its own defaults and an untrained network of about our size. Takes about three minutes
+on two CPU cores.
 """
 
 import argparse
@@ -35,31 +38,67 @@ def training_rate(ddpm, bf16, steps=12):
     return BATCH / statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
 
 
-def drawing_time(ddpm, model, count, steps, sampler):
-    """Seconds for `count` cats."""
-    start = time.perf_counter()
-    ddpm.draw(model, count, 0, steps, sampler)
-    return time.perf_counter() - start
+def seconds(function, repeats=5):
+    """The median time of a call, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def peers(count=16, measured=10):
+    """Name: seconds for 16 pictures, from the time of a few steps times their usual number."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unet = Unet(32, dim_mults=(1, 2, 4))
+    theirs = GaussianDiffusion(unet, image_size=24).to(device)  # 1000 steps unless told otherwise
+    x, t = torch.randn(count, 3, 24, 24, device=device), torch.zeros(count, device=device).long()
+    name = f"denoising_diffusion_pytorch, {theirs.sampling_timesteps} steps, {size_of(unet)}"
+    with torch.no_grad():
+        yield name, theirs.sampling_timesteps * seconds(lambda: theirs.p_sample(x, 500), measured)
+    blocks = ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D")
+    unet = UNet2DModel(
+        sample_size=24,
+        block_out_channels=(64, 96, 128),
+        down_block_types=blocks,
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+    pipeline = DDIMPipeline(unet.to(device), DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    each = seconds(lambda: pipeline(batch_size=count, num_inference_steps=1), measured)
+    yield f"diffusers' DDIMPipeline, 50 steps, {size_of(unet)}", 50 * each
+
+
+def size_of(network):
+    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M weights"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+    parser.add_argument("--peers", action="store_true", help="compare with two libraries")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    ddpm = helpers.notebook()
+    ddpm, faster = helpers.notebook(), helpers.bf16_is_faster()
     print(f"{helpers.device_name()}, torch {torch.__version__}")
     rates = {bf16: training_rate(ddpm, bf16) for bf16 in (False, True)}
     print(f"training, 32 bits: {rates[False]:.0f} pictures/s")
     print(f"training, 16 bits: {rates[True]:.0f} pictures/s, {rates[True] / rates[False]:.2f} x")
+
+    helpers.bf16_is_faster = lambda: faster
     model = ddpm.load_model(helpers.PROJECT / "model.pt")
-    drawing_time(ddpm, model, 16, 2, "dpm")  # warm up
-    quick = [drawing_time(ddpm, model, 16, 20, "dpm") for _ in range(3)]
-    slow = drawing_time(ddpm, model, 16, 1000, "ddpm")
-    print(f"16 cats, 20 steps: {statistics.median(quick):.2f} s")
-    print(f"16 cats, 1000 steps: {slow:.1f} s, {slow / statistics.median(quick):.0f} x")
-    print(f"1 cat, 20 steps: {drawing_time(ddpm, model, 1, 20, 'dpm'):.2f} s")
+    few, usual = ddpm.samplers()["dpm"], seconds(lambda: ddpm.draw(model, 16))
+    print(f"16 cats, {few} steps, {16 if faster else 32} bits: {usual:.2f} s, {size_of(model)}")
+    print(f"1 cat, {few} steps: {1000 * seconds(lambda: ddpm.draw(model, 1)):.0f} ms")
+    slow = seconds(lambda: ddpm.draw(model, 16, 0, 1000, "ddpm"), repeats=1)
+    print(f"16 cats, 1000 steps: {slow:.1f} s, {slow / usual:.0f} x")
+    for name, time_taken in peers() if options.peers else ():
+        print(f"16 pictures, {name}: {time_taken:.1f} s, {time_taken / usual:.0f} x")
 
 
 if __name__ == "__main__":

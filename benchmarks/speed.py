@@ -56,7 +56,7 @@ def peers(count=16, measured=10):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     unet = Unet(32, dim_mults=(1, 2, 4))
     theirs = GaussianDiffusion(unet, image_size=24).to(device)  # 1000 steps unless told otherwise
-    x, t = torch.randn(count, 3, 24, 24, device=device), torch.zeros(count, device=device).long()
+    x = torch.randn(count, 3, 24, 24, device=device)
     name = f"denoising_diffusion_pytorch, {theirs.sampling_timesteps} steps, {size_of(unet)}"
     with torch.no_grad():
         yield name, theirs.sampling_timesteps * seconds(lambda: theirs.p_sample(x, 500), measured)

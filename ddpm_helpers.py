@@ -402,7 +402,7 @@ def _unpack(archive, to, everything):
         with tempfile.TemporaryDirectory(prefix=".download-", dir=to) as folder:
             for n in tqdm(numbers, "unpacking", unit=""):  # without .png: no pictures yet
                 Path(folder, str(n)).write_bytes(_photo(content, members[n]))
-            for n in _missing(numbers, to):
+            for n in numbers:
                 os.replace(Path(folder, str(n)), to / f"cat_{n}.png")
     return len(numbers)
 

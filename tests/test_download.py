@@ -368,7 +368,7 @@ def damaged(body, needle=b"IDAT"):
         (archive({4: photo(4)[:2000]}), "cat_4.png is damaged"),
         (archive({4: photo(4, size=63)}), "cat_4.png is damaged or not of 64x64"),
         (archive({4: b"<html>"}), "cat_4.png is damaged"),
-        (archive({4: bytes(2_000_000)}), "cat_4.png is damaged"),
+        (archive({4: photo(4) + bytes(2_000_000)}), "cat_4.png is damaged"),
         (damaged(WHOLE), r"cat_\d.png is damaged"),
         (WHOLE.replace(helpers.COMMIT.encode(), 40 * b"f"), "lacks 5 photos"),
         (WHOLE[:4] + WHOLE[-22:], "not the archive that it should be"),

@@ -12,17 +12,22 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import http.client
 import importlib
 import io
 import json
 import linecache
 import math
 import os
+import re
 import secrets
 import sys
 import tempfile
 import time
 import types
+import urllib.error
+import urllib.request
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -36,6 +41,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 PROJECT = Path(__file__).resolve().parent
+CATS = (PROJECT / "cats_large" / "cats").resolve()
+COMMIT = "c463f7f29d538bf46e5972f040ba16ddddfba533"
+ARCHIVE = f"https://github.com/AnnikaV9/cat-dataset/archive/{COMMIT}.zip"
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
 
@@ -108,15 +116,26 @@ def check_parameters(p):
 # ------------------------------------------------------------------------------------ pictures
 
 
-def find_pictures(folder):
-    """The picture files in a folder and the folders inside it, sorted by name."""
+def find_pictures(folder, tell=False):
+    """The picture files in a folder and the folders inside it, sorted by name.
+
+    The project's own pictures, drawn by its network, are left out if there are others.
+    """
     folder = Path(folder).expanduser()
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
     if not found:
         what = "holds no pictures" if folder.is_dir() else "is not a folder"
         kinds = ", ".join(sorted(e[1:] for e in ENDINGS))
         raise UsageError(f"{folder} {what}: put pictures there ({kinds}), or name another folder.")
-    return found
+    others = [p for p in found if not _is_drawn(p)]
+    if tell and 0 < len(others) < len(found):
+        print(f"Left out {len(found) - len(others)} pictures that the network drew")
+    return others or found
+
+
+def _is_drawn(path):
+    """Whether it is one of the pictures that come with the project."""
+    return bool(re.fullmatch(r"cat_100\d{4}\.png", path.name)) and path.parent.resolve() == CATS
 
 
 def open_picture(path, at_least=None):
@@ -141,47 +160,97 @@ def fit(image, size):
     return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
 
 
-def load_pictures(folder, size, cache_folder=PROJECT / ".cache"):
-    """All pictures of a folder as bytes (N, 3, size, size), sorted by name; see `find_pictures`.
+def load_pictures(folder, size, cache_folder=PROJECT / ".cache", channels=0):
+    """All pictures of a folder as bytes (N, C, size, size), sorted by name; see `find_pictures`.
 
-    The result is cached until a file, the folder or the size changes. Files that cannot be
-    read are left out and named in one line.
+    channels: 3 is colour, 1 is grey; 0 is grey if all pictures are, else colour. The result is
+    cached until a file, the folder, the size or `channels` changes. A line each is printed about
+    files that cannot be read and are left out, about pictures that repeat others, and if there
+    are so few that the network will learn them by heart.
     """
-    paths = find_pictures(folder)
+    paths = find_pictures(folder, tell=True)
     root = Path(folder).expanduser().resolve()
-    key = hashlib.sha256(f"{root} {size}".encode()).hexdigest()[:16]
-    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    state = hashlib.sha256(repr(("bicubic 1", size, stats)).encode()).hexdigest()
+    key = hashlib.sha256(f"{root} {size} {channels}".encode()).hexdigest()[:16]
+    stats = [(str(p), s.st_size, s.st_mtime_ns) for p in paths for s in [p.stat()]]
+    state = hashlib.sha256(repr(("bicubic 2", stats)).encode()).hexdigest()
     cached = Path(cache_folder) / f"pictures-{key}.pt"
     try:
-        stored = torch.load(cached, weights_only=True)
-        if stored["state"] == state:
-            _tell_unreadable(stored["unreadable"], len(paths))
-            return stored["pictures"]
+        stored = torch.load(cached, weights_only=True, mmap=True)  # a file of gigabytes will do
     except Exception:  # no cache, or a damaged one: read the pictures again
-        pass
+        stored = {}
+    if stored.get("state") != state:
+        stored = {"state": state} | _read_pictures(paths, size, channels)
+        with contextlib.suppress(UsageError):  # no room for it: the next start takes longer
+            write_file(cached, lambda part: torch.save(stored, part))
+    for note in stored["notes"]:
+        print(note)
+    return stored["pictures"]
+
+
+def _read_pictures(paths, size, channels):
+    """What `load_pictures` keeps: the pictures and the notes to print."""
 
     def read(path):
         try:
-            return np.asarray(fit(open_picture(path, at_least=3 * size), size))
+            image = fit(open_picture(path, at_least=3 * size), size)
+            image = np.asarray(image.convert("L") if channels == 1 else image)
+            return image.reshape(size, size, -1).transpose(2, 0, 1)
         except Exception:  # whatever the damage, one bad file must not stop the others
             return None
 
-    with ThreadPoolExecutor() as pool:
-        read_all = pool.map(read, paths)
-        arrays = list(tqdm(read_all, "reading pictures", len(paths), unit="", mininterval=1))
-    unreadable = [p.name for p, a in zip(paths, arrays) if a is None]
-    _tell_unreadable(unreadable, len(paths))
-    arrays = [a for a in arrays if a is not None]
-    if not arrays:
-        raise UsageError(f"None of the {len(paths)} files in {folder} can be read as a picture.")
-    pictures = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-    try:
-        stored = {"state": state, "unreadable": unreadable, "pictures": pictures}
-        write_file(cached, lambda part: torch.save(stored, part))
-    except UsageError:  # no room for a cache: the next start takes longer, that is all
-        pass
-    return pictures
+    pictures = np.empty((len(paths), channels or 3, size, size), np.uint8)
+    kept, unreadable, colour, notes = [], [], channels > 0, []
+    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), mininterval=1, unit="") as bar:
+        bar.set_description("reading pictures")
+        for start in range(0, len(paths), 1000):  # a hundred thousand tasks would take memory
+            some = paths[start : start + 1000]
+            for path, picture in zip(some, pool.map(read, some)):
+                bar.update()
+                if picture is None:
+                    unreadable.append(path.name)
+                    continue
+                pictures[len(kept)] = picture
+                colour = colour or (picture != picture[:1]).any()
+                kept.append(path)
+    if not kept:
+        example = f"{paths[0]} for example"
+        raise UsageError(f"None of the {len(paths)} files can be read as a picture, {example}.")
+    pictures = pictures[: len(kept)]
+    pictures = torch.from_numpy(pictures if colour else pictures[:, :1].copy())
+    if unreadable:
+        more = f" and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
+        left_out, listed = len(unreadable), ", ".join(unreadable[:10])
+        notes = [f"Left out {left_out} of {len(paths)} files that cannot be read: {listed}{more}"]
+    if len(kept) < 500:
+        few = f"Fewer than 500 pictures ({len(kept)}): the network will learn them by heart"
+        notes.append(f"{few} and draw copies")
+    count, pair = find_repeats(pictures)
+    if count:
+        example = " and ".join(str(kept[i]) for i in pair)
+        notes.append(f"Pictures that nearly repeat another: {count}, for example {example}")
+    return {"pictures": pictures, "notes": notes}
+
+
+def find_repeats(pictures, tolerance=2.5):
+    """Of bytes (N, C, H, W), how many pictures nearly repeat another, and the first such pair.
+
+    They are shrunk to 8x8 pixels of grey and compared; tolerance: the root of the mean squared
+    difference. Means differ by less than that, so only pictures of like means are compared.
+    """
+    shrink = torch.nn.AdaptiveAvgPool2d(8)
+    tiny = [shrink(p.float().mean(1, keepdim=True)).flatten(1) for p in pictures.split(1000)]
+    tiny = torch.cat(tiny) - 128
+    order = tiny.mean(dim=1).argsort()
+    tiny = tiny[order]  # (N, 64), the darkest first
+    means, repeats, pair = tiny.mean(dim=1), torch.zeros(len(tiny), dtype=torch.bool), ()
+    for i in range(0, len(tiny), 128):
+        some = tiny[i : i + 128]
+        end = int(torch.searchsorted(means, some[-1].mean() + tolerance))
+        near = (torch.cdist(some, tiny[i:end]) / 8 < tolerance).triu(1)
+        if near.any():
+            repeats[i:end] |= near.any(dim=0)
+            pair = pair or order[i + near.nonzero()[0]].sort().values.tolist()
+    return int(repeats.sum()), pair
 
 
 def check_picture(picture, config):
@@ -195,8 +264,8 @@ def check_picture(picture, config):
     return picture
 
 
-def scribble(size):
-    """What a child calls a cat, on green: bytes (3, size, size)."""
+def scribble(size, channels=3):
+    """What a child calls a cat, on green: bytes (channels, size, size)."""
     image = Image.new("RGB", (240, 240), (150, 190, 140))
     pen, fur = ImageDraw.Draw(image), (226, 150, 70)
     pen.polygon([(35, 120), (40, 10), (115, 70)], fill=fur)  # ears
@@ -207,7 +276,7 @@ def scribble(size):
         pen.ellipse([x - 20, 95, x + 20, 135], fill=(60, 120, 60))  # eyes
         pen.ellipse([x - 7, 98, x + 7, 132], fill="black")
     pen.polygon([(105, 150), (135, 150), (120, 170)], fill=(200, 90, 100))  # nose
-    return to_picture(fit(image, size))
+    return to_picture(fit(image, size).convert("RGB" if channels == 3 else "L"))
 
 
 def to_picture(image):
@@ -216,11 +285,173 @@ def to_picture(image):
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
 
-def _tell_unreadable(names, total):
-    if names:
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        listed = ", ".join(names[:10])
-        print(f"Left out {len(names)} of {total} files that cannot be read: {listed}{more}")
+# ------------------------------------------------------------------------------------ download
+
+
+def download_cats(
+    everything=False,
+    url=ARCHIVE,
+    to=CATS,
+    tries=4,
+    timeout=20,
+    pause=1,
+    cache_folder=PROJECT / ".cache",
+):
+    """Put the photos of a public set into a folder, as cat_N.png; what is there stays as it is.
+
+    everything: all 29,843, not just the clean, distinct ones of cats_large/clean.txt.
+    url: the address of the archive, or the name of its file. tries, timeout, pause: how often
+    to try, after how many seconds without news to try again, and the first wait before that.
+    Raises UsageError if that fails; then nothing new is in the folder, and the next call goes on
+    with what has arrived, if the server can.
+    """
+    to = Path(to).expanduser()
+    if not everything and not _missing(clean_numbers(), to):
+        print(f"The {len(clean_numbers()):,} photos are in {to} already")
+        return
+    by_hand = (
+        f"to get the set by hand, open {ARCHIVE} in a browser and run `python ddpm_helpers.py "
+        "download --url FILE` with the name of the file it saves"
+    )
+    archive = Path(url).expanduser()
+    fetched = not archive.is_file()
+    if fetched:
+        name = hashlib.sha256(url.encode()).hexdigest()[:16]
+        archive = Path(cache_folder) / f"cats-{name}.zip.part"
+        try:
+            _fetch(url, archive, tries, timeout, pause)
+        except ConnectionError as error:
+            raise UsageError(f"{error}; try again later, or, {by_hand}.") from None
+    try:
+        count = _unpack(archive, to, everything)
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"Cannot write to {to}: {why}; make room or use another place.") from None
+    except Exception as error:  # what zipfile raises for damaged archives is a long list
+        if fetched:
+            archive.unlink()
+        message = f"{url} is not the archive that it should be ({error}); try again, or, {by_hand}."
+        raise UsageError(message) from None
+    if fetched:
+        archive.unlink()
+    print(f"{count:,} photos are new in {to}")
+
+
+def clean_numbers():
+    """The numbers of the set's clean, distinct photos, rising: cats_large/clean.txt."""
+    text = (PROJECT / "cats_large" / "clean.txt").read_text().partition("\n")[2]
+    spans = re.findall(r"(\d+)(?:-(\d+))?", text)
+    return [n for first, last in spans for n in range(int(first), int(last or first) + 1)]
+
+
+def _missing(numbers, folder):
+    return [n for n in numbers if not os.path.lexists(folder / f"cat_{n}.png")]
+
+
+def _fetch(url, part, tries, timeout, pause):
+    """Download a ZIP file, going on with what is there; raises ConnectionError."""
+    why = "not an address that begins with https:// or http://, and not a file"
+    for attempt in range(tries if url.startswith(("https://", "http://")) else 0):
+        if zipfile.is_zipfile(part):  # the end is there
+            return
+        time.sleep(pause * (2**attempt - 1))
+        try:
+            _receive(url, part, timeout)
+            why = "the connection is cut again and again"
+        except urllib.error.HTTPError as error:
+            why = f"{error.code} {error.reason}".splitlines()[0]
+            if error.code == 416:  # there is no more to be had, and it is no ZIP file
+                part.unlink(missing_ok=True)
+            elif error.code < 500 and error.code != 429:
+                break
+        except ValueError as error:
+            why = error
+            break
+        except (OSError, http.client.HTTPException) as error:
+            why = getattr(error, "reason", None) or str(error) or type(error).__name__
+    if not zipfile.is_zipfile(part):
+        raise ConnectionError(f"Cannot fetch {url} ({why})")
+
+
+def _receive(url, part, timeout, slowest=1000, largest=10**9):
+    """One request that appends to the file `part`, or begins it anew if the server wants so.
+
+    Raises ValueError for what trying again will not mend, OSError or HTTPException for the rest.
+    """
+    opener = urllib.request.OpenerDirector()  # no file://, no ftp://, wherever we are led
+    handlers = "ProxyHandler HTTPHandler HTTPSHandler HTTPRedirectHandler UnknownHandler"
+    for name in f"{handlers} HTTPDefaultErrorHandler HTTPErrorProcessor".split():
+        opener.add_handler(getattr(urllib.request, name)())
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    with opener.open(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
+        if response.status == 206:
+            if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                part.unlink(missing_ok=True)
+                raise OSError("the server sent another part than it was asked for")
+            block = response.read1(1 << 16)
+        else:
+            have, block = 0, response.read(4)
+            if block and block != b"PK\3\4":
+                raise ValueError("what it sends is not a ZIP file")
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdigit() else None
+        part.parent.mkdir(parents=True, exist_ok=True)
+        size, before, since = have, have, time.monotonic()
+        with (
+            open(part, "ab" if have else "wb") as file,
+            tqdm(desc="downloading", initial=have, total=total, unit="B", unit_scale=True) as bar,
+        ):
+            while block:
+                file.write(block)
+                bar.update(len(block))
+                size += len(block)
+                if size > largest:
+                    part.unlink()
+                    raise ValueError(f"it is larger than {largest:,} bytes")
+                if time.monotonic() - since > timeout:
+                    if size - before < slowest * timeout:
+                        raise OSError(f"it is slower than {slowest:,} bytes per second")
+                    before, since = size, time.monotonic()
+                block = response.read1(1 << 16)
+
+
+def _unpack(archive, to, everything):
+    """Write those photos of the archive that are not there yet; returns how many.
+
+    All are checked before the first one is put in its place. The names in the archive choose
+    what is read, but never where it is written to."""
+    with zipfile.ZipFile(archive) as content:
+        members = {}
+        for member in content.infolist():
+            pattern = rf"cat-dataset-{COMMIT}/cats/cat_(0|[1-9]\d{{0,4}})\.png"
+            if match := re.fullmatch(pattern, member.filename, re.ASCII):
+                members[int(match[1])] = member
+        lacking = [n for n in clean_numbers() if n not in members]
+        if lacking:
+            raise ValueError(f"it lacks {len(lacking):,} photos, cat_{lacking[0]}.png for one")
+        numbers = _missing(sorted(members) if everything else clean_numbers(), to)
+        to.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=to) as folder:
+            for n in tqdm(numbers, "unpacking", unit=""):  # without .png: no pictures yet
+                Path(folder, str(n)).write_bytes(_photo(content, members[n]))
+            for n in numbers:
+                os.replace(Path(folder, str(n)), to / f"cat_{n}.png")
+    return len(numbers)
+
+
+def _photo(content, member):
+    """The bytes of a picture in a ZipFile, checked; raises ValueError."""
+    try:
+        if member.file_size < 1_000_000:
+            data = content.read(member)
+            with Image.open(io.BytesIO(data), formats=["PNG", "JPEG"]) as image:
+                image.load()
+                if image.size == (64, 64):
+                    return data
+    except Exception:  # whatever the damage
+        pass
+    raise ValueError(f"{Path(member.filename).name} is damaged or not of 64x64 pixels")
 
 
 # --------------------------------------------------------------------------------------- files
@@ -584,7 +815,7 @@ def even_in_log_snr(alphas_bar, frames):
 
 def gif_folder(data):
     """Where films go: gifs/own, which git ignores, if they may show pictures of your own."""
-    return Path("gifs") if Path(data) == Path("cats_large/cats") else Path("gifs/own")
+    return Path("gifs") if all(map(_is_drawn, find_pictures(data))) else Path("gifs/own")
 
 
 def save_gif(frames, path, columns=3, scale=4, seconds=4, hold=1.5, best=-1, limit=500_000):
@@ -735,14 +966,14 @@ def _start_all_processes():
 def _train(options):
     _start_all_processes()
     ddpm = notebook()
-    pictures = load_pictures(options.data, options.size)
+    pictures = load_pictures(options.data, options.size, channels=options.channels)
     out, state = Path(options.out), Path(options.out).with_suffix(".training")
     if state.exists() and not options.resume:
         raise UsageError(f"{state} holds a training: add --resume to go on, or name another --out.")
     if options.resume and not state.exists():
         raise UsageError(f"There is no {state} to resume from: leave --resume away.")
     torch.manual_seed(options.seed)
-    model = ddpm.UNet(options.size, timesteps=options.timesteps)
+    model = ddpm.UNet(options.size, pictures.shape[1], timesteps=options.timesteps)
     view = TrainingView(show=False)
     settings = dict(batch_size=options.batch_size, lr=options.lr, seed=options.seed, out=out)
     try:
@@ -783,6 +1014,10 @@ def _generate(options):
         save_png(grid(pictures, columns, padding=0), out, options.scale)
 
 
+def _download(options):
+    download_cats(options.all, options.url, options.to)
+
+
 def _save_array(path, array):
     with open(path, "wb") as file:  # np.save would add .npy to the name of the temporary file
         np.save(file, array)
@@ -810,7 +1045,7 @@ def _rate(text):
 def main(arguments=None):
     """The command line; see `python ddpm_helpers.py --help`."""
     parser = argparse.ArgumentParser(description="Draw cats, or train on pictures of your own.")
-    commands = parser.add_subparsers(required=True, metavar="generate | train")
+    commands = parser.add_subparsers(required=True, metavar="generate | train | download")
     command = commands.add_parser("generate", help="draw pictures with a trained network")
     command.set_defaults(run=_generate)
     command.add_argument("--count", type=_whole(1, 1_000_000), default=16, help="how many (16)")
@@ -830,16 +1065,27 @@ def main(arguments=None):
     command.add_argument("--out", default="new_model.pt", help="checkpoint (new_model.pt)")
     command.add_argument("--resume", action="store_true", help="go on after the last whole epoch")
     command.add_argument("--size", type=_whole(8, 256), default=24, help="pixels (24)")
+    command.add_argument(
+        "--channels", type=int, choices=[0, 1, 3], default=0, help="1 grey, 3 colour (as they are)"
+    )
     command.add_argument("--timesteps", type=_whole(20, 10_000), default=1000, help="T (1000)")
     command.add_argument("--batch-size", type=_whole(1, 65_536), default=64, help="(64)")
     command.add_argument("--lr", type=_rate, default=1e-3, help="highest learning rate (1e-3)")
     command.add_argument("--seed", type=_whole(0, 2**32), default=0, help="(0)")
+    command = commands.add_parser("download", help="fetch photos of cats to learn from")
+    command.set_defaults(run=_download)
+    command.add_argument("--all", action="store_true", help="near-copies and odd ones too")
+    command.add_argument("--url", default=ARCHIVE, help="address or file of the archive (GitHub's)")
+    command.add_argument("--to", default=CATS, help="folder (cats_large/cats)")
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
     except UsageError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -68,6 +68,25 @@ def test_train_then_resume_then_generate(folder, tmp_path):
     assert np.load(tmp_path / "a.npy").shape == (16, 8, 8, 3)
 
 
+def test_grey_pictures_are_learned_and_drawn_in_grey(folder, tmp_path):
+    for path in folder.iterdir():
+        Image.open(path).convert("L").save(path)
+    options = ["--data", folder, "--batch-size", 8, "--out", "grey.pt", "--size", 8]
+    run("train", *options, "--epochs", 1, cwd=tmp_path)
+    grey = str(tmp_path / "grey.pt")
+    assert torch.load(grey, weights_only=True)["config"]["channels"] == 1
+    for out in ("a.npy", "a.png", "a.gif", "a"):
+        options = ["--count", "5", "--steps", "2", "--model", grey, "--out", str(tmp_path / out)]
+        assert not helpers.main(["generate", *options])
+    array = np.load(tmp_path / "a.npy")
+    single = Image.open(tmp_path / "a" / "cat_00004.png")
+    assert array.shape == (5, 8, 8, 1) and single.mode == "L"
+    assert (np.asarray(single) == array[4, :, :, 0]).all()
+    whole = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+    assert (whole[8:16, 8:16] == array[4, :, :, 0]).all()
+    assert Image.open(tmp_path / "a.gif").n_frames > 1
+
+
 def test_train_says_what_is_wrong(folder, tmp_path):
     assert "is not a folder" in run("train", "--data", "none", cwd=tmp_path, code=2).stderr
     (tmp_path / "empty").mkdir()

@@ -48,16 +48,34 @@ def test_every_colour_mode(tmp_path, mode):
     assert (pictures.int() - EXPECTED.int()).abs().float().mean() < 12
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "1", "I;16"])
-def test_grey_becomes_three_equal_channels(tmp_path, mode):
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "I;16", "RGB"])
+def test_grey_pictures_have_one_channel_unless_three_are_wanted(tmp_path, mode):
     grey = gradient().convert("L")
     if mode == "I;16":
         image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     else:
         image = grey.convert(mode)
-    pictures = load_one(tmp_path, "cat.png", image)[0].int()
-    assert torch.equal(pictures[0], pictures[1]) and torch.equal(pictures[0], pictures[2])
-    assert pictures[0, :, :4].float().mean() + 40 < pictures[0, :, -4:].float().mean()
+    one = load_one(tmp_path, "cat.png", image)
+    assert one.shape == (1, 1, 24, 24) and one.is_contiguous()
+    assert one[..., :4].float().mean() + 40 < one[..., -4:].float().mean()
+    three = helpers.load_pictures(tmp_path, 24, tmp_path / "cache", channels=3)
+    assert torch.equal(three, one.expand(1, 3, 24, 24))
+
+
+def test_one_colour_picture_among_grey_ones_makes_all_colour(folder):
+    cache = folder.parent / "cache"
+    for i in range(20):
+        Image.open(folder / f"{i:02d}.png").convert("L").save(folder / f"{i:02d}.png")
+    assert helpers.load_pictures(folder, 24, cache).shape == (20, 1, 24, 24)
+    gradient().save(folder / "19.png")
+    colour = helpers.load_pictures(folder, 24, cache)
+    assert colour.shape == (20, 3, 24, 24)
+    assert torch.equal(colour[0, 0], colour[0, 1]) and not torch.equal(colour[19, 0], colour[19, 1])
+    for _ in range(2):  # read, then from the cache
+        grey = helpers.load_pictures(folder, 24, cache, channels=1)
+        assert grey.shape == (20, 1, 24, 24)
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # how bright the eye finds them
+    assert ((colour[19] * weights).sum(0) - grey[19, 0]).abs().max() < 1.5
 
 
 def test_transparent_is_white(tmp_path):
@@ -108,8 +126,104 @@ def test_unreadable_files_are_named_in_one_line(folder, capsys):
     (folder / "half.png").write_bytes(whole[: len(whole) // 2])
     for _ in range(2):  # read, then from the cache
         assert len(helpers.load_pictures(folder, 24, folder.parent / "cache")) == 20
-        line = "Left out 3 of 23 files that cannot be read: empty.jpg, half.png, text.png\n"
-        assert capsys.readouterr().out == line
+        out = capsys.readouterr().out
+        assert out.splitlines() == [
+            "Left out 3 of 23 files that cannot be read: empty.jpg, half.png, text.png",
+            "Fewer than 500 pictures (20): the network will learn them by heart and draw copies",
+        ]
+
+
+def test_five_hundred_pictures_are_not_called_few(tmp_path, capsys):
+    for i, picture in enumerate(blobs(500, 16)):
+        helpers.save_png(picture, tmp_path / f"{i}.png")
+    helpers.load_pictures(tmp_path, 16, tmp_path / "cache")
+    assert "by heart" not in capsys.readouterr().out
+    (tmp_path / "0.png").unlink()
+    helpers.load_pictures(tmp_path, 16, tmp_path / "cache")
+    assert "Fewer than 500 pictures (499)" in capsys.readouterr().out
+
+
+def scenes(count, size=64, seed=0):
+    """Smooth pictures of many colours, bytes (N, 3, S, S), as different as photos are."""
+    coarse = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    smooth = torch.nn.functional.interpolate(coarse, size, mode="bicubic", align_corners=True)
+    return (smooth * 255).clamp(0, 255).byte()
+
+
+def test_pictures_that_nearly_repeat_others_are_reported(tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    for i, picture in enumerate(scenes(40)):
+        image = helpers.to_image(picture)
+        image.save(tmp_path / f"{i:02d}.png")
+        if i == 5:  # the same file, compressed anew, compressed badly, enlarged
+            image.save(tmp_path / "more" / "copy.png")
+            image.save(tmp_path / "more" / "copy.jpg", quality=80)
+            image.save(tmp_path / "more" / "copy.webp", quality=40)
+            image.resize((300, 300)).save(tmp_path / "more" / "large.jpg", quality=60)
+        if i == 9:
+            image.point(lambda v: v * 0.8).save(tmp_path / "darker.png")
+    for size in (64, 16, 16):  # read, read, from the cache
+        helpers.load_pictures(tmp_path, size, tmp_path / "cache")
+        (line,) = [x for x in capsys.readouterr().out.splitlines() if "repeat" in x]
+        words = f"Pictures that nearly repeat another: 4, for example {tmp_path}"
+        assert line.startswith(words) and line.count(str(tmp_path)) == 2
+        assert "darker" not in line
+
+
+@pytest.mark.parametrize("size, channels", [(8, 3), (20, 1), (24, 3)])
+def test_repeats_are_counted_as_by_comparing_each_with_each(size, channels):
+    torch.manual_seed(0)
+    pictures = scenes(400, size)[:, :channels]
+    copies = pictures[torch.randint(400, (300,))].int()
+    wrong = torch.randint(0, 5, (300, 1, 1, 1))  # from none to far more than tolerated
+    copies = copies + wrong * torch.randn(copies.shape).sign().int()[:, :, :1, :1]
+    pictures = torch.cat([pictures, copies.clamp(0, 255).byte()])
+    pictures = pictures[torch.randperm(700)]
+    tiny = torch.nn.functional.adaptive_avg_pool2d(pictures.float().mean(1), 8)
+    distance = (tiny[:, None] - tiny[None]).square().mean(dim=(2, 3)).sqrt()
+    near = distance < 2.5
+    count, pair = helpers.find_repeats(pictures)
+    assert pair[0] < pair[1] and near[pair[0], pair[1]]
+    order = tiny.mean(dim=(1, 2)).argsort()
+    assert count == near[order][:, order].triu(1).any(dim=0).sum() and 50 < count < 300
+
+
+def test_different_pictures_do_not_repeat():
+    assert helpers.find_repeats(scenes(3000)) == (0, ())
+    assert helpers.find_repeats(scenes(1)) == (0, ())
+    assert helpers.find_repeats(torch.zeros(300, 1, 24, 24, dtype=torch.uint8))[0] == 299
+
+
+def test_the_projects_own_pictures_make_room_for_photos(tmp_path, monkeypatch, capsys):
+    cats, cache = tmp_path / "cats_large" / "cats", tmp_path / "cache"
+    monkeypatch.setattr(helpers, "CATS", cats)
+    for i, picture in enumerate(blobs(3), 1_000_000):
+        helpers.save_png(picture, cats / f"cat_{i}.png")
+    assert len(helpers.load_pictures(cats, 24, cache)) == 3
+    assert "Left out" not in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    for data in ("cats_large/cats", cats, "cats_large"):
+        assert helpers.gif_folder(data) == helpers.Path("gifs")
+    helpers.save_png(blobs(4)[3], cats / "cat_12.png")
+    for data in ("cats_large/cats", cats, "cats_large"):
+        assert helpers.find_pictures(data) == [
+            helpers.Path(data) / p
+            for p in [(cats / "cat_12.png").relative_to(helpers.Path(data).resolve())]
+        ]
+        assert helpers.gif_folder(data) == helpers.Path("gifs/own")
+    for _ in range(2):
+        assert torch.equal(helpers.load_pictures(cats, 24, cache), blobs(4)[3:])
+        out = capsys.readouterr().out
+        assert out.startswith("Left out 3 pictures that the network drew")
+    elsewhere = tmp_path / "mine" / "cat_1000000.png"  # a name alone says nothing
+    helpers.save_png(blobs(1)[0], elsewhere)
+    assert helpers.gif_folder(elsewhere.parent) == helpers.Path("gifs/own")
+    assert len(helpers.find_pictures(tmp_path)) == 2
+
+
+def test_the_pictures_that_come_with_the_project_are_known():
+    drawn = list(helpers.CATS.glob("cat_1??????.png"))
+    assert len(drawn) == 2048 and all(map(helpers._is_drawn, drawn))
 
 
 def test_a_picture_too_large_to_be_honest_is_left_out(folder, capsys, monkeypatch):

@@ -959,8 +959,9 @@ def _start_all_processes():
     launch.add_argument("--num_processes", "--num-processes", type=int, default=1)
     asked, _ = launch.parse_known_args(psutil.Process(os.getppid()).cmdline())
     if asked.num_processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(asked.num_processes)]
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+        count = f"--nproc_per_node={asked.num_processes}"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", count]
+        os.execv(sys.executable, launcher + sys.argv)
 
 
 def _train(options):

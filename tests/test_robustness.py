@@ -15,7 +15,7 @@ from PIL import Image
 
 import ddpm_helpers as helpers
 
-EPOCHS = 40
+EPOCHS = 30
 
 
 def train_and_tell(out, steps):
@@ -32,7 +32,7 @@ def train_and_tell(out, steps):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_at_ten_random_moments_it_ends_where_it_would_have(tmp_path):
     start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(["torch", "ddpm_helpers", "test_robustness"])
+    start.set_forkserver_preload(["accelerate", "matplotlib.pyplot", "test_robustness"])
     rng, killed = random.Random(0), 0
     whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
     while True:

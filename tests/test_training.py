@@ -147,7 +147,8 @@ def test_examination_is_fixed_and_never_learned_from(ddpm):
     again, same = ddpm.hold_out(pictures, 1000, seed=1)
     assert torch.equal(learn, again) and all(map(torch.equal, exam, same))
     assert len(learn) == 380 and len(exam[0]) >= 256
-    as_sets = [{p.numpy().tobytes() for p in part} for part in (learn, ddpm.to_bytes(exam[0]))]
+    both = pictures[learn], ddpm.to_bytes(exam[0])
+    as_sets = [{p.numpy().tobytes() for p in part} for part in both]
     assert not as_sets[0] & as_sets[1] and len(as_sets[1]) == 20
     assert exam[1].min() >= 1 and exam[1].max() <= 1000
     assert abs(exam[1].float().mean() - 500) < 5

@@ -290,7 +290,7 @@ def test_predict_finds_photo_and_noise_again(ddpm):
 
 
 def test_loss_is_the_error_of_eps_and_of_x_0(ddpm):
-    """Up to SNR 5 the loss is Ho's error of eps; above, 5 times the error of x_0."""
+    """Since the squares of sqrt(alphas_bar) and sqrt(1 - alphas_bar) add up to 1."""
     alphas_bar = ddpm.make_alphas_bar("cosine", 1000)
     model = Stub(alphas_bar, answer)
     x_0, eps = torch.rand(6, 3, 8, 8) * 2 - 1, torch.randn(6, 3, 8, 8)

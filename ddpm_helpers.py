@@ -642,7 +642,7 @@ def quality_table(columns, separator="  "):
         return "-" if x is None else f"{x:.0%}"
 
     rows = {
-        "": lambda q: q["name"],
+        "": lambda q: f"{q['name']}, {q['data']}",
         "pictures judged": lambda q: f"{q['judged']:,}",
         "nearest picture, new : held out": lambda q: f"{q['nearest'][0]:.2f}",
         "- the closest 1 %": lambda q: f"{q['nearest'][1]:.2f}",

@@ -102,7 +102,7 @@ def check_parameters(p):
     """Raise UsageError if one of the notebook's parameters, by name, makes no sense."""
     if p["MODE"] not in ("lesson", "full", "skip"):
         raise UsageError(f'MODE is "lesson", "full" or "skip", not {p["MODE"]!r}.')
-    lowest = dict(SIZE=8, TIMESTEPS=20, EPOCHS=1, BATCH_SIZE=1, FILM_STEPS=1, SEED=0)
+    lowest = dict(SIZE=8, TIMESTEPS=20, EPOCHS=1, BATCH_SIZE=1, FILM_STEPS=1, JUDGED=2, SEED=0)
     lowest |= dict(LESSON_EPOCHS=1, LESSON_PICTURES=2)
     for name, least in lowest.items():
         if type(p[name]) is not int or p[name] < least:
@@ -595,6 +595,7 @@ class TrainingRun:
             record |= {"epochs": self.epoch, "heldout_loss": loss, "device": device_name()}
             record |= {"processes": self.accelerator.num_processes}
             record |= {"seconds": round(self._clock()), "torch": str(torch.__version__)}
+            record |= {"heldout_losses": [round(x, 6) for x in self.heldout]}  # after each epoch
             save_model(self.out, self.average, record)
 
     def interrupted(self, examine):
@@ -850,6 +851,92 @@ def save_gif(frames, path, columns=3, scale=4, seconds=4, hold=1.5, best=-1, lim
             write_file(path, lambda part: part.write_bytes(gif.getvalue()))  # noqa: B023
             return
     raise UsageError(f"{path} is larger than {limit} bytes: use fewer frames or pictures.")
+
+
+# ------------------------------------------------------------------------------------ measures
+
+
+def quality_record(checkpoint):
+    """What benchmarks/quality.py found for the checkpoint of this file name and the photos it
+    learned from: a dict of numbers and curves, {} if it was not measured."""
+    try:
+        text = (PROJECT / "benchmarks" / "quality.json").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    return json.loads(text).get(Path(checkpoint).name, {})
+
+
+@cache
+def _cat_faces():
+    """OpenCV's detector of cat faces, or None."""
+    try:
+        import cv2
+
+        name = os.path.join(cv2.data.haarcascades, "haarcascade_frontalcatface.xml")
+        return cv2.CascadeClassifier(name)
+    except (ImportError, AttributeError):  # not installed, or version 5, which has no cascades
+        return None
+
+
+def face_share(pictures):
+    """The share of bytes (N, 3, H, W) in which OpenCV finds a cat's face; None without OpenCV.
+
+    Each picture becomes 96 pixels wide, its histogram is evened out, and 16 pixels of its edge
+    colours are put around it. A face is 48 wide or more, and found at two places or sizes."""
+    if _cat_faces() is None:
+        return None
+    import cv2
+
+    found = 0
+    for picture in pictures.permute(0, 2, 3, 1).cpu().numpy():
+        grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
+        grey = cv2.equalizeHist(cv2.resize(grey, (96, 96), interpolation=cv2.INTER_CUBIC))
+        grey = cv2.copyMakeBorder(grey, 16, 16, 16, 16, cv2.BORDER_REPLICATE)
+        faces = _cat_faces().detectMultiScale(grey, 1.1, 2, minSize=(48, 48))
+        found += len(faces) > 0
+    return found / len(pictures)
+
+
+def show_levels(panels, ylabel):
+    """Plot {title: (levels, {who: {of which pictures: curve}})}, a panel each: a colour for
+    each `who`, dashed from the second kind of pictures on."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.8 * len(panels), 2.8), sharey=True, squeeze=False
+    )
+    for axis, (title, (levels, curves)) in zip(axes[0], panels.items()):
+        for colour, (who, kinds) in zip(("tab:blue", "tab:red", "tab:green"), curves.items()):
+            for style, (kind, curve) in zip(("-", "--"), kinds.items()):
+                axis.plot(levels, curve, style, color=colour, label=f"{who}, {kind}", lw=1.3)
+        axis.set(xlabel="t", title=title)
+    axes[0, 0].set(ylabel=ylabel, ylim=(-2, 1.35 * axes[0, 0].get_ylim()[1]))
+    axes[0, 0].legend(fontsize=8, ncols=2, loc="upper left")
+    show_figure(figure)
+
+
+def quality_table(columns, separator="  "):
+    """Dicts of numbers, as in benchmarks/quality.json, as text: a column each."""
+
+    def percent(x):
+        return "-" if x is None else f"{x:.0%}"
+
+    rows = {
+        "": lambda q: f"{q['name']}, {q['data']}",
+        "pictures judged": lambda q: f"{q['judged']:,}",
+        "nearest picture, new : held out": lambda q: f"{q['nearest'][0]:.2f}",
+        "- the closest 1 %": lambda q: f"{q['nearest'][1]:.2f}",
+        "Fréchet distance": lambda q: "{:.3f} ± {:.3f}".format(*q["distance"]),
+        "- real to real: the floor": lambda q: "{:.3f} ± {:.3f}".format(*q["floor"]),
+        "- times the floor": lambda q: f"{q['distance'][0] / q['floor'][0]:.1f}",
+        "faces found": lambda q: percent(q["faces"][0]),
+        "- in held-out pictures": lambda q: percent(q["faces"][1]),
+        "loss, held out : learned from": lambda q: f"{q['loss'][1] / q['loss'][0]:.3f}",
+    }
+    table = [[name, *(text(q) for q in columns)] for name, text in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = [separator.join(map(str.ljust, line, widths)).rstrip() for line in table]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------- the widget

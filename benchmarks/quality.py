@@ -1,0 +1,121 @@
+"""Is it good? Is it copied? python benchmarks/quality.py CHECKPOINT... FOLDER [--json FILE]
+
+Prints the measures of the notebook's section 8 as one table, a column for each checkpoint. FOLDER
+holds the pictures that the network was trained on. On two CPU cores, drawing 2,000 new cats takes
+about two minutes, all the rest less than one. `--pictures FILE.npy` judges pictures
+that were drawn before, as `ddpm_helpers.py generate --out FILE.npy` writes them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ddpm_helpers as helpers
+
+FIRST_SEED = 5_000_000  # far from those of the pictures in cats_large/
+REFERENCE = 6000  # real pictures that the features learn from and distances are measured to
+ASKED = 128  # pictures of each kind for the loss by noise level
+
+
+def draw(ddpm, model, count):
+    """Bytes (count, C, H, W), in 16 bits where that is faster."""
+    with ddpm.make_accelerator().autocast():
+        starts = tqdm(range(0, count, 64), "drawing")
+        return torch.cat([ddpm.draw(model, min(64, count - i), FIRST_SEED + i) for i in starts])
+
+
+def judges(ddpm, real, seed):
+    """What depends on the real pictures alone: the features and how they describe those."""
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
+    features = ddpm.learn_features(real[order[:REFERENCE]], seed=seed)
+    return features, features(real[order[:REFERENCE]])
+
+
+def loss_curves(ddpm, model, pictures, asked=ASKED):
+    """Losses by noise level of the network and of the memory, on pictures learned from and not."""
+    learn, held = pictures
+    levels = torch.linspace(1, model.config["timesteps"], 13).round().long()
+    few, memory = (
+        {"learned from": learn[:asked], "held out": held[:asked]},
+        ddpm.Memory(learn, model),
+    )
+    with ddpm.make_accelerator().autocast():
+        network = {kind: ddpm.loss_by_level(model, x, levels) for kind, x in few.items()}
+    memory = {kind: ddpm.loss_by_level(memory, x[:64], levels) for kind, x in few.items()}
+    return levels, {"network": network, "memory": memory}
+
+
+def measure(ddpm, path, real, samples=2000, pictures=None, seed=0, judge=None, asked=ASKED):
+    """All measures of a checkpoint against real bytes (M, C, H, W): a dict of numbers.
+
+    pictures: bytes (N, C, H, W) to be judged, drawn if there are none."""
+    model = ddpm.load_model(path)
+    learn, (x_0, *_) = ddpm.hold_out(real, model.config["timesteps"], seed)
+    held = ddpm.to_bytes(x_0)[: len(real) - len(learn)]
+    new = draw(ddpm, model, samples) if pictures is None else pictures
+    near, yardstick = ddpm.nearest(new, learn)[0], ddpm.nearest(held, learn)[0]
+    ratios = [near.quantile(q) / yardstick.quantile(q) for q in (0.5, 0.01)]
+    features, z_real = judge or judges(ddpm, real, seed)
+    distance, floor = ddpm.scores(features(new), z_real)
+    few, few_floor = ddpm.scores(features(new[:256]), z_real)  # as many as in the notebook
+    levels, losses = loss_curves(ddpm, model, (learn, held), asked)
+    result = {"name": Path(path).name, "data": f"{len(real):,} photos", "judged": len(new)}
+    result |= {"nearest": ratios, "distance": [distance.mean(), distance.std()]}
+    result |= {"floor": [floor.mean(), floor.std()]}
+    result |= {"distance of 256": few.mean(), "floor of 256": few_floor.mean()}
+    result |= {"faces": [helpers.face_share(new), helpers.face_share(held)]}
+    result |= {"loss": [curve.mean() for curve in losses["network"].values()]}
+    result |= {"levels": levels, "losses": losses}
+    return plain(result | {"heldout_losses": model.record.get("heldout_losses", [])})
+
+
+def plain(value):
+    """Tensors as rounded numbers and lists, for JSON."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", nargs="+", help="trained networks, all on the same pictures")
+    parser.add_argument("folder", help="the pictures they were trained on")
+    parser.add_argument("--samples", type=int, default=2000, help="new cats for each (2000)")
+    parser.add_argument("--pictures", help=".npy with pictures to judge instead of new ones")
+    parser.add_argument("--seed", type=int, default=0, help="of the training (0)")
+    parser.add_argument("--json", help="add the results to this file, by checkpoint")
+    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    ddpm, given, judge = helpers.notebook(), None, None
+    if options.pictures:
+        array = np.load(options.pictures)
+        given = torch.from_numpy(array).permute(0, 3, 1, 2)[: options.samples].contiguous()
+    results = []
+    for path in options.checkpoint:
+        real = helpers.load_pictures(options.folder, ddpm.load_model(path).config["size"])
+        judge = judge or judges(ddpm, real, options.seed)
+        settings = dict(pictures=given, seed=options.seed, judge=judge)
+        results.append(measure(ddpm, path, real, options.samples, **settings))
+    print(helpers.quality_table(results))
+    if options.json:
+        file = Path(options.json)
+        known = json.loads(file.read_text()) if file.exists() else {}
+        known |= {result["name"]: result for result in results}
+        text = json.dumps(known, indent=1)
+        helpers.write_file(file, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

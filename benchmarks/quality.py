@@ -24,10 +24,9 @@ ASKED = 128  # pictures of each kind for the loss by noise level
 
 
 def draw(ddpm, model, count):
-    """Bytes (count, C, H, W), in 16 bits where that is faster."""
-    with ddpm.make_accelerator().autocast():
-        starts = tqdm(range(0, count, 64), "drawing")
-        return torch.cat([ddpm.draw(model, min(64, count - i), FIRST_SEED + i) for i in starts])
+    """Bytes (count, C, H, W)."""
+    starts = tqdm(range(0, count, 64), "drawing")
+    return torch.cat([ddpm.draw(model, min(64, count - i), FIRST_SEED + i) for i in starts])
 
 
 def judges(ddpm, real, seed):
@@ -45,7 +44,7 @@ def loss_curves(ddpm, model, pictures, asked=ASKED):
         {"learned from": learn[:asked], "held out": held[:asked]},
         ddpm.Memory(learn, model),
     )
-    with ddpm.make_accelerator().autocast():
+    with helpers.drawing_precision():
         network = {kind: ddpm.loss_by_level(model, x, levels) for kind, x in few.items()}
     memory = {kind: ddpm.loss_by_level(memory, x[:64], levels) for kind, x in few.items()}
     return levels, {"network": network, "memory": memory}
@@ -56,8 +55,8 @@ def measure(ddpm, path, real, samples=2000, pictures=None, seed=0, judge=None, a
 
     pictures: bytes (N, C, H, W) to be judged, drawn if there are none."""
     model = ddpm.load_model(path)
-    learn, (x_0, *_) = ddpm.hold_out(real, model.config["timesteps"], seed)
-    held = ddpm.to_bytes(x_0)[: len(real) - len(learn)]
+    numbers, (x_0, *_) = ddpm.hold_out(real, model.config["timesteps"], seed)
+    learn, held = real[numbers], ddpm.to_bytes(x_0)[: len(real) - len(numbers)]
     new = draw(ddpm, model, samples) if pictures is None else pictures
     near, yardstick = ddpm.nearest(new, learn)[0], ddpm.nearest(held, learn)[0]
     ratios = [near.quantile(q) / yardstick.quantile(q) for q in (0.5, 0.01)]

@@ -404,7 +404,7 @@ def test_parameters_from_the_environment(monkeypatch):
 
 
 GOOD = dict(MODE="lesson", SIZE=24, TIMESTEPS=1000, EPOCHS=1, BATCH_SIZE=64, FILM_STEPS=9, SEED=0)
-GOOD |= dict(LESSON_EPOCHS=1, LESSON_PICTURES=100, LEARNING_RATE=1e-3)
+GOOD |= dict(LESSON_EPOCHS=1, LESSON_PICTURES=100, LEARNING_RATE=1e-3, JUDGED=256)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def run(tmp_path, monkeypatch, pictures, extra="", **parameters):
     if extra:
         notebook.cells.append(nbformat.v4.new_code_cell(extra))
     nbformat.write(notebook, tmp_path / "in.ipynb")
-    parameters = dict(DATA=str(pictures), CHECKPOINT=str(ROOT / "model.pt")) | parameters
+    parameters = dict(DATA=str(pictures), CHECKPOINT=str(ROOT / "model.pt"), JUDGED=8) | parameters
     done = papermill.execute_notebook(
         tmp_path / "in.ipynb", None, parameters, cwd=tmp_path, progress_bar=False
     )

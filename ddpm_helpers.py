@@ -23,13 +23,14 @@ import re
 import secrets
 import sys
 import tempfile
+import threading
 import time
 import types
 import urllib.error
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache, partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -819,12 +820,15 @@ def gif_folder(data):
     return Path("gifs") if all(map(_is_drawn, find_pictures(data))) else Path("gifs/own")
 
 
-def save_gif(frames, path, columns=3, scale=4, seconds=4, hold=1.5, best=-1, limit=500_000):
+def save_gif(
+    frames, path, columns=3, scale=4, seconds=4, hold=1.5, best=-1, limit=500_000, passes=3
+):
     """Write frames as an endless GIF of less than `limit` bytes.
 
     Each frame is a list of panels, bytes (N, C, H, W), that are shown side by side as grids.
-    One palette serves all frames, so colours don't flicker; it suits frame number `best` best.
-    The last frame is held. Raises UsageError if not even the smallest version is small enough.
+    One palette serves all frames, so colours don't flicker; it suits frame number `best` best,
+    and gets better with slow `passes`. The last frame is held. Raises UsageError if not even the
+    smallest version is small enough.
     """
     images = []
     for panels in frames:
@@ -837,7 +841,7 @@ def save_gif(frames, path, columns=3, scale=4, seconds=4, hold=1.5, best=-1, lim
     durations = [int(1000 * seconds / len(images))] * (len(images) - 1) + [int(1000 * hold)]
     tries = [(scale, n) for n in (128, 96, 64, 48)] + [(s, 64) for s in range(scale - 1, 0, -1)]
     for scale, colours in tries:  # fewer colours first, then smaller
-        palette = montage.quantize(colours, method=Image.Quantize.MEDIANCUT, kmeans=3)
+        palette = montage.quantize(colours, method=Image.Quantize.MEDIANCUT, kmeans=passes)
         first, *rest = [
             i.quantize(palette=palette, dither=Image.Dither.NONE).resize(
                 (i.width * scale, i.height * scale), Image.Resampling.NEAREST
@@ -941,94 +945,400 @@ def quality_table(columns, separator="  "):
 
 # ---------------------------------------------------------------------------------- the widget
 
+STYLE = """
+.pixels img, .pixels canvas {image-rendering: pixelated}
+.pixels .image-frame, .pixels .image-frame img {width: 100%; height: auto; object-fit: contain}
+.pixels label.float {position: static}
+.cats .grid-wrap {min-height: 0; max-height: none; overflow: visible}
+.cats .grid-container {grid-template-columns: repeat(8, 1fr); padding: 0}
+.cats .thumbnail-lg {display: block; height: auto; aspect-ratio: auto}
+.cats .thumbnail-lg > img {height: auto; aspect-ratio: 1}
+.cats .caption-label.caption-label {position: static; max-width: none; opacity: 1}
+.cats .caption-label {text-align: center}
+.wrap:has(> .error) {display: none}
+.dice {align-self: end; height: 44px}
+@media (max-width: 640px) {
+  .page {margin: 0 -20px; width: auto}
+  .cats .grid-container {grid-template-columns: repeat(4, 1fr)}
+  .tab-container.tab-container button {padding: 0 8px; font-size: 14px}
+}
+"""
 _launched = []  # the widget that is running, if any
 
 
-def widget(watch, checkpoint, most_steps):
-    """The generator's page, a gradio.Blocks.
+def find_checkpoints(folder):
+    """The names of this project's checkpoints in a folder, sorted."""
+    names = []
+    for path in sorted(Path(folder).glob("*.pt")):
+        with contextlib.suppress(Exception):  # damaged, or somebody else's
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if content["format"] == "ddpm-cats 1":
+                names.append(path.name)
+    return names
 
-    watch(count, seed, steps, sampler) yields how much is done (0 to 1) and the pictures as they
-    are, bytes (count, C, H, W). checkpoint: the name to show; most_steps: of Algorithm 2.
+
+def read_upload(path, size, channels=3):
+    """A stranger's file as bytes (channels, size, size); UsageError says why not."""
+    try:
+        with Image.open(path) as image:  # reads no more than the header
+            pixels, kind = image.width * image.height, image.format
+            thrifty = kind == "JPEG" and "progressive" not in image.info  # decoded at an eighth
+        if kind not in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF"):
+            raise ValueError(kind)
+        if pixels <= (150e6 if thrifty else 50e6):
+            image = fit(open_picture(path, at_least=3 * size), size)
+            return to_picture(image.convert("L") if channels == 1 else image)
+    except Image.DecompressionBombError:
+        pass
+    except Exception:  # whatever the damage
+        kinds = "JPEG, PNG, WebP, BMP or GIF"
+        message = f"This file cannot be read as a picture: choose another one, {kinds}."
+        raise UsageError(message) from None
+    raise UsageError("This picture has too many pixels: shrink it, then try again.")
+
+
+def _number(what, value, lowest, highest, kind=int):
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or kind(value) != value:
+        raise UsageError(f"{what} must be a {'whole ' if kind is int else ''}number.")
+    if not lowest <= value <= highest:
+        raise UsageError(f"{what} must be from {lowest} to {highest}.")
+    return kind(value)
+
+
+def _seed(value):
+    return _number("The seed", value, 0, 2**32 - 1)
+
+
+def _painted(editor, value, size):
+    """Where the picture of a gradio.ImageEditor was painted over: bool (size, size)."""
+    painted = torch.zeros(size, size, dtype=torch.bool)
+    try:
+        for layer in editor.preprocess(editor.data_model(**value))["layers"]:
+            touched = layer.getchannel("A").point(lambda alpha: 255 * (alpha > 0))
+            shrunk = touched.resize((size, size), Image.Resampling.BOX)
+            painted |= to_picture(shrunk)[0] > 64  # more than a quarter of the pixel
+    except Exception:
+        raise UsageError("The painting cannot be read: take a cat and paint again.") from None
+    if not painted.any():
+        raise UsageError("Paint over the part that is to be drawn anew, then press the button.")
+    return painted
+
+
+def _square(pictures):
+    return math.ceil(math.sqrt(len(pictures)))  # columns of a grid
+
+
+def _there_and_back(pictures):
+    """Frames for `save_gif` that rest at both ends."""
+    there = [[picture[None]] for picture in pictures]
+    return there + 4 * there[-1:] + there[::-1]
+
+
+def _downloads(folder, pictures, labels, columns, film):
+    """Write cats.png, cats.gif and cats.zip, of single PNGs, into a folder; their paths."""
+    png, gif, archive = (Path(folder) / f"cats.{ending}" for ending in ("png", "gif", "zip"))
+    save_png(grid(pictures, columns, padding=0), png, scale=8)
+    width = sum(grid(panel, columns).shape[2] for panel in film[0])
+    save_gif(film, gif, columns, min(12, 800 // width + 1), limit=5_000_000, passes=0)
+    with zipfile.ZipFile(archive, "w") as file:
+        for label, picture in zip(labels, pictures):
+            with file.open(f"cat_{label.zfill(5)}.png", "w") as single:
+                to_image(picture).save(single, "PNG")
+    return str(png), str(gif), str(archive)
+
+
+def widget(definitions, checkpoint="model.pt"):
+    """The generator's page, a gradio.Blocks, to `launch`.
+
+    definitions: the notebook's, {name: object}. checkpoint: the one to begin with; those beside
+    it in its folder can be chosen too.
     """
     import gradio as gr
 
-    few_steps = min(20, most_steps)
-    folder = Path(tempfile.mkdtemp(prefix="ddpm-cats-"))
+    ddpm, first = types.SimpleNamespace(**definitions), Path(checkpoint).resolve()
+    loading, load = threading.Lock(), lru_cache(4)(lambda path, changed: ddpm.load_model(path))
 
-    def generate(count, seed, steps, sampler):
-        """Stream the grid while it is drawn; at last also the single pictures."""
-        count = _check("The number of cats", count, 1, 64)
-        seed = _check("The seed", seed, 0, 2**32 - 1)
-        steps = _check("The number of steps", steps, 1, most_steps)
-        started = shown = time.time()
-        for done, pictures in watch(count, seed, steps, sampler):
-            if done < 1 and time.time() - shown > 0.15:
+    def get(name):
+        """The network of a checkpoint in the folder, loaded once for all."""
+        path = first.parent / Path(str(name)).name
+        with loading:
+            return load(path, path.stat().st_mtime if path.exists() else None)
+
+    for _ in ddpm.sample(get(first.name), 16, 0, 2):  # so that the first click need not wait
+        pass
+
+    # What happens on a click. Values come as the browser sent them and are checked here.
+
+    def told(function):
+        """The user's mistakes are told in one sentence."""
+
+        @wraps(function)
+        def handler(*values):
+            try:
+                yield from function(*values)
+            except UsageError as error:
+                raise gr.Error(str(error), print_exception=False) from None
+
+        return handler
+
+    def unique(picture):
+        """An image with a file of its own: gradio writes equal ones to the same file, anew each
+        time, perhaps while a browser is reading it."""
+        image = to_image(picture)
+        image.info["key"] = secrets.token_hex(8)
+        return image
+
+    def show(panel, record, number):
+        x, x_0, t = record.frames[min(number, len(record.frames)) - 1]
+        columns = panel.columns or _square(x)
+        x, x_0 = (unique(grid(pictures, columns)) for pictures in (x, x_0))
+        return {panel.x: x, panel.x_0: x_0, panel.status: f"t = {t}"}
+
+    def show_last(panel, record):
+        """Show the last step and let the slider go back from there."""
+        count = len(record.frames)
+        slider = gr.Slider(maximum=max(count, 2), value=count, interactive=count > 1)
+        return show(panel, record, count) | {panel.scrub: slider}
+
+    def stop_it(panel, record):
+        if record:
+            record.stopped = True
+        shown = show_last(panel, record) if record and record.frames else {}
+        return shown | {panel.status: "Stopped."}
+
+    def stream(panel, run, labels, what, film=None):
+        """Show a generator of (s, x_s, x_0) at work, then its pictures, then the downloads."""
+        started, shown, every = time.time(), 0.0, 1
+        record = types.SimpleNamespace(frames=[], stopped=False)
+        waiting = {button: gr.DownloadButton(interactive=False) for button in panel.downloads}
+        waiting |= {panel.scrub: gr.Slider(interactive=False), panel.record: record}
+        yield waiting | {panel.cats: gr.Gallery(visible=True)}
+        for number, (s, x, x_0) in enumerate(run):
+            if record.stopped:
+                return
+            if number % every == 0 or s == 0:
+                record.frames.append((ddpm.to_bytes(x).cpu(), ddpm.to_bytes(x_0).cpu(), s))
+            if len(record.frames) > 64:  # too many to remember: keep every second one
+                del record.frames[1::2]
+                every *= 2
+            if s > 0 and time.time() - shown > 0.15:
                 shown = time.time()
-                yield _enlarged(pictures), [], f"{done:.0%} ..."
-        seconds = time.time() - started
-        singles = []
-        for number, picture in enumerate(pictures, seed):
-            path = folder / f"cat_{number}.png"
-            save_png(picture, path)
-            singles.append((str(path), str(number)))
-        cats = "1 cat" if count == 1 else f"{count} cats"
-        yield _enlarged(pictures), singles, f"{cats} in {seconds:.1f} seconds, by {checkpoint}"
+                yield show(panel, record, len(record.frames))
+        pictures = record.frames[-1][0]
+        cats = [(unique(picture), label) for picture, label in zip(pictures, labels)]
+        what = f"{what} in {time.time() - started:.1f} seconds"
+        yield show_last(panel, record) | {panel.cats: cats, panel.status: what}
+        thinned = record.frames[:: -(len(record.frames) // 24 + 1)][::-1]
+        film = film(pictures) if film else [(x, x_0) for x, x_0, _ in thinned]
+        with tempfile.TemporaryDirectory(prefix="ddpm-cats-") as folder:  # gradio makes copies
+            paths = _downloads(folder, pictures, labels, panel.columns or _square(pictures), film)
+            ready = [gr.DownloadButton(value=path, interactive=True) for path in paths]
+            yield dict(zip(panel.downloads, ready)) | {panel.film: paths[1]}
 
-    def _check(what, value, lowest, highest):
-        if not isinstance(value, (int, float)) or value != value or int(value) != value:
-            raise gr.Error(f"{what} must be a whole number.", print_exception=False)
-        if not lowest <= value <= highest:
-            message = f"{what} must be from {lowest} to {highest}."
-            raise gr.Error(message, print_exception=False)
-        return int(value)
+    def seeds(count, seed, most=16):
+        count, seed = _number("The number of cats", count, 1, most), _seed(seed)
+        return count, seed, [str(seed + i) for i in range(count)]
 
-    def _enlarged(pictures):
-        image = grid(pictures, math.ceil(math.sqrt(len(pictures))))
-        return to_image(image, max(1, 480 // image.shape[2]))
+    def upload(name, file):
+        if not file:
+            raise UsageError("Choose a picture first.")
+        config = get(name).config
+        return read_upload(file["path"], config["size"], config["channels"])
 
-    with gr.Blocks(title="DDPM cats", analytics_enabled=False) as page:
-        gr.Markdown(f"### Cats from noise\nDrawn by `{checkpoint}`.")
+    @told
+    def generate(name, count, seed, steps, sampler):
+        model, (count, seed, labels) = get(name), seeds(count, seed, 64)
+        steps = _number("The number of steps", steps, 1, model.config["timesteps"])
+        run = ddpm.sample(model, count, seed, steps, sampler)
+        yield from stream(made, run, labels, f"{count} cat{'s'[: count - 1]} by {name}")
+
+    @told
+    def more(name, amount, event: gr.SelectData):
+        seed = _seed(int(event.value["caption"]))
+        run = ddpm.variations(get(name), seed, _number("The difference", amount, 0, 1, float), 8)
+        labels = [str(seed), *(f"{seed}-{i}" for i in range(1, 8))]
+        yield from stream(kin, run, labels, f"Cat {seed} and its kind by {name}")
+
+    @told
+    def morph(name, seed_a, seed_b, frames):
+        a, b, frames = _seed(seed_a), _seed(seed_b), _number("Their number", frames, 2, 24)
+        labels = [str(a), *(f"{i / (frames - 1):.0%}" for i in range(1, frames - 1)), str(b)]
+        run = ddpm.morph(get(name), a, b, frames)
+        yield from stream(way, run, labels, f"From cat {a} to cat {b} by {name}", _there_and_back)
+
+    @told
+    def take_cat(name, seed):
+        yield on_canvas(ddpm.draw(get(name), 1, _seed(seed))[0])
+
+    @told
+    def take_picture(name, file):
+        yield on_canvas(upload(name, file))
+
+    def on_canvas(picture):
+        image = to_image(picture, max(1, 480 // picture.shape[2]))
+        return picture, {"background": image, "layers": [], "composite": None}
+
+    @told
+    def repaint(name, picture, painting, count, seed):
+        model, (count, seed, labels) = get(name), seeds(count, seed)
+        if picture is None:
+            raise UsageError("Take a cat or upload a picture first.")
+        if picture.shape[2] != model.config["size"]:
+            raise UsageError("The other network's pictures have another size: take a cat again.")
+        painted = _painted(canvas, painting, picture.shape[2])
+        run = ddpm.repaint(model, picture, ~painted, count, seed)
+        yield from stream(mended, run, labels, f"Repainted by {name}")
+
+    @told
+    def check(name, file):
+        yield upload(name, file) if file else None
+
+    @told
+    def from_picture(name, file, strength, count, seed):
+        picture, (count, seed, labels) = upload(name, file), seeds(count, seed)
+        strength = _number("The strength", strength, 0, 1, float)
+        run = ddpm.from_picture(get(name), picture, strength, count, seed)
+        yield from stream(drawn, run, labels, f"Drawn from your picture by {name}")
+
+    def usual_steps(name, sampler):
+        return ddpm.samplers(get(name).config["timesteps"])[sampler]
+
+    # What the page looks like.
+
+    def seed_box(label, value=0):
         with gr.Row():
-            with gr.Column(scale=2, min_width=260):
-                count = gr.Slider(1, 64, value=16, step=1, label="How many cats")
+            seed = gr.Number(value, precision=0, label=label, min_width=120, scale=2)
+            dice = gr.Button("Roll the dice", size="sm", min_width=90, elem_classes="dice")
+        dice.click(lambda: secrets.randbelow(1_000_000), outputs=seed, queue=False)
+        return seed
+
+    def gallery(label, **options):
+        options |= dict(columns=8, height="auto", object_fit="contain", allow_preview=False)
+        options |= dict(format="png", buttons=[], interactive=False)
+        return gr.Gallery(label=label, elem_classes=["pixels", "cats"], **options)
+
+    def panel(hint, columns=None, film=False, label="Cats, by seed"):
+        """Where a tab shows its work, its pictures and the downloads."""
+        p = types.SimpleNamespace(columns=columns)
+        p.status = gr.Markdown(hint, elem_classes="status")
+        with gr.Row():
+            options = dict(format="png", buttons=["fullscreen"], min_width=140)
+            options |= dict(elem_classes="pixels", interactive=False)
+            p.x = gr.Image(label="In hand: x_t", **options)
+            p.x_0 = gr.Image(label="Believed in: x_0", **options)
+            p.film = gr.Image(label="Film", visible=film, **options)
+        p.scrub = gr.Slider(1, 2, 1, step=1, label="Look back, step by step", interactive=False)
+        p.cats = gallery(label)
+        with gr.Row():
+            options = dict(interactive=False, size="sm", min_width=90)
+            names = ("Grid (PNG)", "Film (GIF)", "Singles (zip)")
+            p.downloads = [gr.DownloadButton(name, **options) for name in names]
+        p.record = gr.State()
+        options = dict(queue=False, trigger_mode="always_last", show_progress="hidden")
+        options |= dict(outputs=[p.x, p.x_0, p.status], api_name="look_back")
+        p.scrub.input(partial(show, p), [p.record, p.scrub], **options)
+        return p
+
+    def start(event, p, stop, function, inputs, **options):
+        outputs = [p.x, p.x_0, p.film, p.scrub, p.cats, p.status, p.record, *p.downloads]
+        options |= dict(preprocess=False, show_progress="minimal")
+        options |= dict(show_progress_on=[p.status, p.cats])
+        run = event(function, [chosen, *inputs], outputs, **options)
+        options = dict(cancels=run, queue=False, api_name="stop")  # cancels what still waits
+        stop.click(partial(stop_it, p), p.record, outputs[:6], **options)
+
+    def buttons(text):
+        with gr.Row():
+            go = gr.Button(text, variant="primary", min_width=120)
+            return go, gr.Button("Stop", min_width=80)
+
+    page = gr.Blocks(title="DDPM cats", analytics_enabled=False, delete_cache=(600, 3600))
+    left, right = dict(scale=2, min_width=280), dict(scale=5, min_width=300)
+    with page, gr.Column(elem_classes="page"):
+        chosen = gr.Dropdown([first.name], value=first.name, label="Network")
+
+        with gr.Tab("Generate"), gr.Row():
+            with gr.Column(**left):
+                count = gr.Slider(1, 64, 16, step=1, label="How many cats")
+                seed = seed_box("Seed of the first cat")
+                usual = ddpm.samplers(get(first.name).config["timesteps"])
+                known = {"dpm": "DPM-Solver++", "ddim": "DDIM", "ddpm": "Algorithm 2"}
+                kinds = [(known.get(kind, kind), kind) for kind in usual]
+                sampler = gr.Radio(kinds, value=kinds[0][1], label="Sampler")
+                steps = gr.Number(usual[kinds[0][1]], precision=0, label="Steps")
+                go, stop = buttons("Make cats")
+            with gr.Column(**right):
+                made = panel("Press **Make cats**.", label="By seed: click on a cat for its kind")
+                amount = gr.Slider(0, 1, 0.4, label="How different its kind may be")
+                kind = gallery("More of its kind", visible=False)
+                kin = types.SimpleNamespace(**vars(made) | {"cats": kind, "columns": 4})
+        start(go.click, made, stop, generate, [count, seed, steps, sampler])
+        start(made.cats.select, kin, stop, more, [amount])
+        sampler.change(usual_steps, [chosen, sampler], steps, queue=False)
+
+        with gr.Tab("Morph"), gr.Row():
+            with gr.Column(**left):
+                ends = [seed_box("From the cat of seed", 5), seed_box("to the cat of seed", 9)]
+                count = gr.Slider(2, 24, 12, step=1, label="Pictures on the way")
+                go, stop = buttons("Morph")
+            with gr.Column(**right):
+                hint = "Choose two seeds and press **Morph**."
+                way = panel(hint, columns=4, film=True, label="The way from cat to cat")
+        start(go.click, way, stop, morph, [*ends, count])
+
+        with gr.Tab("Repaint"), gr.Row():
+            with gr.Column(**left):
+                taken = seed_box("Seed of the cat", 5)
                 with gr.Row():
-                    seed = gr.Number(0, precision=0, label="Seed of the first cat", min_width=120)
-                    dice = gr.Button("Roll the dice", min_width=80)
-                steps = gr.Slider(1, most_steps, value=few_steps, step=1, label="Steps")
-                kinds = [("DPM-Solver++", "dpm"), ("Algorithm 2", "ddpm")]
-                sampler = gr.Radio(kinds, value="dpm", label="Sampler")
-                button = gr.Button("Make cats", variant="primary")
-            with gr.Column(scale=3, min_width=300):
-                buttons = ["download", "fullscreen"]
-                whole = gr.Image(label="All", format="png", height=500, buttons=buttons)
-                status = gr.Markdown("Press **Make cats**.")
-        singles = gr.Gallery(
-            label="One by one, by seed: click on a cat to download it",
-            format="png",
-            columns=8,
-            height="auto",
-            buttons=buttons,
-            elem_id="singles",
-        )
-        dice.click(lambda: secrets.randbelow(1_000_000), outputs=seed)
-        usual_steps = {"dpm": few_steps, "ddpm": most_steps}
-        sampler.change(usual_steps.get, sampler, steps)
-        button.click(
-            generate,
-            [count, seed, steps, sampler],
-            [whole, singles, status],
-            api_name="generate",
-            show_progress="hidden",
-        )
-    return page
+                    take = gr.Button("Take this cat", size="sm", min_width=100)
+                    options = dict(file_types=["image"], size="sm", min_width=100)
+                    other = gr.UploadButton("Upload a picture", **options)
+                gr.Markdown("Paint over what is to be drawn anew:")
+                picture, brush = gr.State(), gr.Brush(60, ["#ff3377"], color_mode="fixed")
+                options = dict(sources=(), transforms=(), layers=False, buttons=[], format="png")
+                options |= dict(canvas_size=(480, 480), show_label=False, elem_classes="pixels")
+                canvas = gr.ImageEditor(type="pil", brush=brush, **options)
+                count = gr.Slider(1, 16, 4, step=1, label="How many versions")
+                seed = seed_box("Seed of the first version")
+                go, stop = buttons("Repaint")
+            with gr.Column(**right):
+                mended = panel("Take a cat, paint over a part of it, press **Repaint**.")
+        raw = dict(outputs=[picture, canvas], preprocess=False)
+        take.click(take_cat, [chosen, taken], **raw)
+        other.upload(take_picture, [chosen, other], **raw)
+        start(go.click, mended, stop, repaint, [picture, canvas, count, seed])
+
+        with gr.Tab("From a picture"), gr.Row():
+            with gr.Column(**left):
+                options = dict(sources=["upload", "webcam", "clipboard"], height=300, buttons=[])
+                file = gr.Image(type="filepath", label="A photo or a scribble", **options)
+                strength = gr.Slider(0, 1, 0.6, label="Strength (0: yours, 1: any cat)")
+                count = gr.Slider(1, 16, 4, step=1, label="How many cats")
+                seed = seed_box("Seed of the first cat")
+                go, stop = buttons("Draw as a cat")
+            with gr.Column(**right):
+                drawn = panel("Choose a picture, press **Draw as a cat**.")
+        file.input(check, [chosen, file], gr.State(), preprocess=False, show_progress="hidden")
+        start(go.click, drawn, stop, from_picture, [file, strength, count, seed])
+
+        def refresh():
+            return gr.Dropdown(find_checkpoints(first.parent))
+
+        gr.on([page.load, chosen.focus], refresh, None, chosen, queue=False, show_progress="hidden")
+    return page.queue(default_concurrency_limit=2)
 
 
 def launch(page, share=False, **options):
     """Show a `widget` in the notebook, on this computer only; the one before is closed."""
+    import gradio as gr
+
     while _launched:
         _launched.pop().close(verbose=False)
-    sharp = "#singles img, .image-frame img {image-rendering: pixelated}"
-    options = dict(server_name="127.0.0.1", height=900, css=sharp, quiet=True) | options
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    options = (
+        dict(server_name="127.0.0.1", height=900, css=STYLE, theme=theme, quiet=True) | options
+    )
+    options = dict(footer_links=["settings"], max_file_size="100mb") | options
     page.launch(share=share, prevent_thread_lock=True, **options)
     _launched.append(page)
     print(f"The generator runs at {page.local_url}")
@@ -1102,6 +1412,17 @@ def _generate(options):
         save_png(grid(pictures, columns, padding=0), out, options.scale)
 
 
+def _widget(options):
+    page = widget(vars(notebook()), options.model)
+    try:
+        launch(page, options.share, server_port=options.port, inline=False)
+    except OSError:
+        message = "No port is free" if options.port is None else f"Port {options.port} is taken"
+        raise UsageError(f"{message}: name another one by --port.") from None
+    print("Press Ctrl-C to end it.", flush=True)
+    page.block_thread()
+
+
 def _download(options):
     download_cats(options.all, options.url, options.to)
 
@@ -1133,7 +1454,8 @@ def _rate(text):
 def main(arguments=None):
     """The command line; see `python ddpm_helpers.py --help`."""
     parser = argparse.ArgumentParser(description="Draw cats, or train on pictures of your own.")
-    commands = parser.add_subparsers(required=True, metavar="generate | train | download")
+    names = "generate | widget | train | download"
+    commands = parser.add_subparsers(required=True, metavar=names)
     command = commands.add_parser("generate", help="draw pictures with a trained network")
     command.set_defaults(run=_generate)
     command.add_argument("--count", type=_whole(1, 1_000_000), default=16, help="how many (16)")
@@ -1146,6 +1468,11 @@ def main(arguments=None):
     command.add_argument(
         "--out", required=True, help=".png grid, .gif film, .npy bytes, or a folder for single .png"
     )
+    command = commands.add_parser("widget", help="a page to play with, in your browser")
+    command.set_defaults(run=_widget)
+    command.add_argument("--port", type=_whole(1, 65_535), help="(the first free one from 7860)")
+    command.add_argument("--share", action="store_true", help="open it to others, by a public link")
+    command.add_argument("--model", default=str(PROJECT / "model.pt"), help="checkpoint (model.pt)")
     command = commands.add_parser("train", help="train a network on a folder of pictures")
     command.set_defaults(run=_train)
     command.add_argument("--data", required=True, help="folder of pictures")

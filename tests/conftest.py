@@ -28,18 +28,19 @@ def quiet_machine(monkeypatch):
     monkeypatch.setattr(helpers, "bf16_is_faster", lambda: False)
 
 
+def small_network(ddpm, seed=0, **config):
+    """A network that answers something: no layer is zero."""
+    torch.manual_seed(seed)
+    model = ddpm.UNet(**{"width": 16, "mults": (1, 2)} | config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
 @pytest.fixture
 def network(ddpm):
-    """Make a small network that answers something: no layer is zero."""
-
-    def make(seed=0, **config):
-        torch.manual_seed(seed)
-        model = ddpm.UNet(**{"width": 16, "mults": (1, 2)} | config).eval()
-        for parameter in model.parameters():
-            parameter.data += 0.05 * torch.randn_like(parameter)
-        return model
-
-    return make
+    """Make a `small_network`."""
+    return lambda seed=0, **config: small_network(ddpm, seed, **config)
 
 
 def blobs(count, size=24, seed=0):

@@ -901,6 +901,24 @@ def face_share(pictures):
     return found / len(pictures)
 
 
+def show_race():
+    """Plot and print what benchmarks/race.py found out: how good each sampler is in n steps."""
+    from matplotlib import pyplot as plt
+
+    race = json.loads((PROJECT / "benchmarks" / "race.json").read_text(encoding="utf-8"))
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    print("times the floor (seconds for 16 cats on two CPU cores)")
+    for sampler in ("dpm", "ddim", "ddpm"):
+        rows = [row for row in race["rows"] if row["sampler"] == sampler]
+        course = [(r["steps"], r["times the floor"], r["seconds for 16"]) for r in rows]
+        print(f"{sampler:5}", *(f"{n} steps: {d:.1f} ({s:.1f} s)" for n, d, s in course), sep="  ")
+        axis.loglog(*list(zip(*course))[:2], "o-", ms=4, label=sampler)
+    axis.axhline(1, color="gray", lw=0.7)
+    axis.set(xlabel="steps", ylabel="times the floor", title=f"{race['cats']} cats each")
+    axis.legend()
+    show_figure(figure)
+
+
 def show_levels(panels, ylabel):
     """Plot {title: (levels, {who: {of which pictures: curve}})}, a panel each: a colour for
     each `who`, dashed from the second kind of pictures on."""

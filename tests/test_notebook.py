@@ -18,7 +18,7 @@ ASK_THE_WIDGET = """
 import json
 from gradio_client import Client
 client = Client(helpers._launched[0].local_url, verbose=False)
-job = client.submit(CHECKPOINT, 3, 7, 4, "dpm", api_name="/generate")
+job = client.submit("model.pt", 3, 7, 4, "dpm", api_name="/generate")
 job.result()
 singles, status = job.outputs()[-2][4:6]  # before the last one, which brings the downloads
 print(json.dumps([[s["image"] for s in singles], [s["caption"] for s in singles], status]))
@@ -84,7 +84,7 @@ def test_lesson_from_top_to_bottom_ends_in_a_widget_that_answers(ddpm, few, tmp_
     out = printed(cells)
     assert "48 pictures" in out and "heldout_loss" in out
     singles, captions, status = json.loads(out.strip().splitlines()[-1])
-    assert captions == ["7", "8", "9"] and "3 cats in" in status
+    assert captions == ["7", "8", "9"] and "3 cats by model.pt in" in status
     expected = ddpm.draw(ddpm.load_model(ROOT / "model.pt"), 3, 7, 4)
     for file, picture in zip(singles, expected, strict=True):
         shown = np.asarray(helpers.open_picture(file)).astype(int)

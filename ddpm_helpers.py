@@ -703,12 +703,16 @@ def _draw(axis, picture, title=None):
 
 
 def show_figure(figure):
-    """Show a matplotlib figure, small enough to be committed with the notebook."""
+    """Show a matplotlib figure as a PNG of 256 colours: a third of the bytes in the notebook."""
+    from IPython import display
     from matplotlib import pyplot as plt
 
-    figure.set_dpi(80)
     figure.tight_layout(pad=0.5)
-    plt.show()
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=80)
+    plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(256, kmeans=1).save(small, "PNG", optimize=True)
+    display.display(display.Image(small.getvalue(), format="png"))
 
 
 def show_rows(rows, titles=None, width=10):

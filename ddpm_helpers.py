@@ -709,7 +709,7 @@ def show_figure(figure):
 
     figure.tight_layout(pad=0.5)
     drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=80)
+    figure.savefig(drawn, format="png", dpi=80, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
     Image.open(drawn).convert("RGB").quantize(256, kmeans=1).save(small, "PNG", optimize=True)
     display.display(display.Image(small.getvalue(), format="png"))

@@ -1,6 +1,6 @@
 """The widget in Debian's Chromium: every tab, as wide as a phone and as a laptop.
 
-Skipped where there is no Chromium, unless DDPM_BROWSER=required.
+Skipped where there is no Chromium, unless CATS_BROWSER=required.
 """
 
 import os
@@ -19,7 +19,7 @@ import ddpm_helpers as helpers
 
 BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser"])), None)
 REASON = "There is no Chromium: install it with `apt-get install chromium`."
-if BROWSER is None and os.environ.get("DDPM_BROWSER") == "required":
+if BROWSER is None and os.environ.get("CATS_BROWSER") == "required":
     raise RuntimeError(REASON)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=REASON)
 

@@ -54,7 +54,7 @@ def peers(count=16, measured=10):
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet = Unet(32, dim_mults=(1, 2, 4))
+    unet = Unet(64, dim_mults=(1, 2, 2))
     theirs = GaussianDiffusion(unet, image_size=24).to(device)  # 1000 steps unless told otherwise
     x = torch.randn(count, 3, 24, 24, device=device)
     name = f"denoising_diffusion_pytorch, {theirs.sampling_timesteps} steps, {size_of(unet)}"

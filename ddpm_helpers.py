@@ -1407,7 +1407,12 @@ def _train(options):
         print(f"\nStopped; {out} holds the best so far, --resume goes on.", file=sys.stderr)
     view.close()
     if out.exists() and _is_first_process():
-        print(f"{out}: {json.dumps(ddpm.load_model(out).record)}")
+        record = ddpm.load_model(out).record
+        print(
+            f"{out}:",
+            *(f"{k} {v}" for k, v in record.items() if not isinstance(v, list)),
+            sep="\n  ",
+        )
 
 
 def _generate(options):

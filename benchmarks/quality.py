@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -62,16 +64,14 @@ def measure(ddpm, path, real, samples=2000, pictures=None, seed=0, judge=None, a
     ratios = [near.quantile(q) / yardstick.quantile(q) for q in (0.5, 0.01)]
     features, z_real = judge or judges(ddpm, real, seed)
     distance, floor = ddpm.scores(features(new), z_real)
-    few, few_floor = ddpm.scores(features(new[:256]), z_real)  # as many as in the notebook
     levels, losses = loss_curves(ddpm, model, (learn, held), asked)
     result = {"name": Path(path).name, "data": f"{len(real):,} photos", "judged": len(new)}
     result |= {"nearest": ratios, "distance": [distance.mean(), distance.std()]}
     result |= {"floor": [floor.mean(), floor.std()]}
-    result |= {"distance of 256": few.mean(), "floor of 256": few_floor.mean()}
     result |= {"faces": [helpers.face_share(new), helpers.face_share(held)]}
     result |= {"loss": [curve.mean() for curve in losses["network"].values()]}
-    result |= {"levels": levels, "losses": losses}
-    return plain(result | {"heldout_losses": model.record.get("heldout_losses", [])})
+    result |= {"levels": levels, "losses": losses, "epochs": model.record.get("epochs", 0)}
+    return plain(result)
 
 
 def plain(value):
@@ -85,6 +85,21 @@ def plain(value):
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def plot(results, path):
+    """The score over a training: a PNG."""
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    curve = [(r["epochs"], r["distance"][0] / r["floor"][0]) for r in results]
+    axis.plot(*zip(*sorted(curve)), "o-", ms=4)
+    axis.axhline(1, color="gray", lw=0.7)
+    axis.set(xscale="log", yscale="log", xlabel="passes over the pictures")
+    axis.set(title="Fréchet distance, times the floor")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ticks.set_major_formatter("{x:g}")
+        ticks.set_minor_locator(NullLocator())
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", nargs="+", help="trained networks, all on the same pictures")
@@ -93,6 +108,7 @@ def main():
     parser.add_argument("--pictures", help=".npy with pictures to judge instead of new ones")
     parser.add_argument("--seed", type=int, default=0, help="of the training (0)")
     parser.add_argument("--json", help="add the results to this file, by checkpoint")
+    parser.add_argument("--plot", help="PNG with the score over a training, from its checkpoints")
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
     options = parser.parse_args()
     if options.threads:
@@ -108,6 +124,8 @@ def main():
         settings = dict(pictures=given, seed=options.seed, judge=judge)
         results.append(measure(ddpm, path, real, options.samples, **settings))
     print(helpers.quality_table(results))
+    if options.plot:
+        plot(results, options.plot)
     if options.json:
         file = Path(options.json)
         known = json.loads(file.read_text()) if file.exists() else {}

@@ -1,10 +1,8 @@
-"""How fast this machine trains and draws: python benchmarks/speed.py [--threads N] [--peers]
+"""How fast this machine trains and draws: python benchmarks/speed.py [--threads N]
 
 Prints pictures per second of training in 32 and in 16 bits, and seconds for 16 cats and for one,
-with the ratios of what was measured side by side in this run. `--peers` adds the sampling of
-denoising_diffusion_pytorch and diffusers (pip install denoising_diffusion_pytorch diffusers),
-each with its own defaults and an untrained network of about our size. Takes about three minutes
-on two CPU cores.
+with the ratios of what was measured side by side in this run. Takes about two minutes on two CPU
+cores.
 """
 
 import argparse
@@ -48,31 +46,6 @@ def seconds(function, repeats=5):
     return statistics.median(times[1:])
 
 
-def peers(count=16, measured=10):
-    """Name: seconds for 16 pictures, from the time of a few steps times their usual number."""
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet = Unet(64, dim_mults=(1, 2, 2))
-    theirs = GaussianDiffusion(unet, image_size=24).to(device)  # 1000 steps unless told otherwise
-    x = torch.randn(count, 3, 24, 24, device=device)
-    name = f"denoising_diffusion_pytorch, {theirs.sampling_timesteps} steps, {size_of(unet)}"
-    with torch.no_grad():
-        yield name, theirs.sampling_timesteps * seconds(lambda: theirs.p_sample(x, 500), measured)
-    blocks = ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D")
-    unet = UNet2DModel(
-        sample_size=24,
-        block_out_channels=(64, 96, 128),
-        down_block_types=blocks,
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    )
-    pipeline = DDIMPipeline(unet.to(device), DDIMScheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    each = seconds(lambda: pipeline(batch_size=count, num_inference_steps=1), measured)
-    yield f"diffusers' DDIMPipeline, 50 steps, {size_of(unet)}", 50 * each
-
-
 def size_of(network):
     return f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M weights"
 
@@ -80,7 +53,6 @@ def size_of(network):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
-    parser.add_argument("--peers", action="store_true", help="compare with two libraries")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -97,8 +69,6 @@ def main():
     print(f"1 cat, {few} steps: {1000 * seconds(lambda: ddpm.draw(model, 1)):.0f} ms")
     slow = seconds(lambda: ddpm.draw(model, 16, 0, 1000, "ddpm"), repeats=1)
     print(f"16 cats, 1000 steps: {slow:.1f} s, {slow / usual:.0f} x")
-    for name, time_taken in peers() if options.peers else ():
-        print(f"16 pictures, {name}: {time_taken:.1f} s, {time_taken / usual:.0f} x")
 
 
 if __name__ == "__main__":

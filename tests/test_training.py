@@ -154,6 +154,24 @@ def test_examination_is_fixed_and_never_learned_from(ddpm):
     assert abs(exam[1].float().mean() - 500) < 5
 
 
+def test_gradients_in_parts_are_those_of_the_whole_batch(ddpm, network):
+    torch.manual_seed(0)
+    model, t = network(), torch.tensor([1, 200, 400, 600, 800, 1000])
+    batch = torch.randn(6, 3, 8, 8), t, torch.randn(6, 3, 8, 8)
+    accelerator, found = ddpm.Accelerator(cpu=True), []
+    for pixels in (6 * 64, 128, 64):  # all at once, in threes, one by one
+        model.zero_grad()
+        loss = ddpm.add_gradients(accelerator, model, batch, model.alphas_bar, pixels)
+        found.append(torch.cat([loss[None], *(p.grad.flatten() for p in model.parameters())]))
+    model.zero_grad()
+    loss = ddpm.diffusion_loss(model, *batch, model.alphas_bar).mean()
+    loss.backward()
+    whole = torch.cat([loss[None], *(p.grad.flatten() for p in model.parameters())])
+    assert whole.abs().max() > 1e-3
+    for parts in found:
+        assert torch.allclose(parts, whole, atol=1e-5)
+
+
 def test_times_of_training_are_1_to_T(ddpm):
     rng = torch.Generator().manual_seed(0)
     t = torch.cat([ddpm.draw_batch(blobs(200), 20, rng)[1] for _ in range(10)])

@@ -2,7 +2,7 @@
 
 Trains the notebook's network again and again for the same number of seconds, with one thing
 changed each time, and compares what came of it: loss on held-out pictures, and Fréchet distance
-of 512 new ones. Results go to benchmarks/recipe.json, eight samples of each to
+of 256 new ones. Results go to benchmarks/recipe.json, eight samples of each to
 benchmarks/recipe/, and the table of all results so far is printed as Markdown. `--only NAME...`
 runs some of the recipes. One takes about four minutes; `--processes 2` runs two at a time, with
 half of the CPU cores each.
@@ -35,7 +35,7 @@ import ddpm_helpers as helpers
 BASE = "the notebook's recipe"
 RESULTS = Path(__file__).with_suffix(".json")
 STRIPS = Path(__file__).with_suffix("")
-SAMPLES = 512
+SAMPLES = 256
 
 
 def predicting(name):
@@ -308,7 +308,7 @@ def write_json(value, file):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", help="pictures to learn from; none: print the table")
-    parser.add_argument("--seconds", type=float, default=150, help="of training for each (150)")
+    parser.add_argument("--seconds", type=float, default=120, help="of training for each (120)")
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="(0)")
     parser.add_argument("--processes", type=int, default=1, help="to share the cores among (1)")

@@ -199,9 +199,24 @@ def test_benchmark_measures_a_checkpoint(ddpm, network, cats, judge, tmp_path):
     assert "small.pt" in table and table.count("\n") == 9
 
 
-def test_the_committed_record_fits_the_shipped_model():
-    record = helpers.quality_record("somewhere/model.pt")
+@pytest.mark.parametrize("name", ["model.pt", "craters.pt"])
+def test_shipped_networks_draw_and_their_committed_records_fit(ddpm, name):
+    model = ddpm.load_model(ROOT / name)
+    assert (ROOT / name).stat().st_size < 25e6 and model.config["size"] == 24
+    few = ddpm.draw(model, 2, seed=0, steps=4)
+    assert few.shape == (2, 3, 24, 24) and few.float().std(dim=(1, 2, 3)).min() > 5
+    record = helpers.quality_record(f"somewhere/{name}")
     assert record["judged"] >= 2000 and "photos" in record["data"]
+    assert record["epochs"] == model.record["epochs"]
     assert len(record["losses"]["network"]["held out"]) == len(record["levels"])
+    assert name in helpers.quality_table([record])
+
+
+def test_a_network_that_was_not_measured_has_no_record():
     assert helpers.quality_record("unknown.pt") == {}
-    assert "model.pt" in helpers.quality_table([record])
+
+
+def test_plot_of_a_training_is_a_picture(tmp_path):
+    results = [{"epochs": n, "distance": [3 / n, 0.1], "floor": [0.5, 0.1]} for n in (1, 2, 4)]
+    quality.plot(results, tmp_path / "curve.png")
+    assert helpers.open_picture(tmp_path / "curve.png").width > 300

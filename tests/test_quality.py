@@ -203,6 +203,7 @@ def test_benchmark_measures_a_checkpoint(ddpm, network, cats, judge, tmp_path):
 def test_shipped_networks_draw_and_their_committed_records_fit(ddpm, name):
     model = ddpm.load_model(ROOT / name)
     assert (ROOT / name).stat().st_size < 25e6 and model.config["size"] == 24
+    assert name in helpers.find_checkpoints(ROOT)  # what the widget offers
     few = ddpm.draw(model, 2, seed=0, steps=4)
     assert few.shape == (2, 3, 24, 24) and few.float().std(dim=(1, 2, 3)).min() > 5
     record = helpers.quality_record(f"somewhere/{name}")

@@ -1185,6 +1185,10 @@ def widget(definitions, checkpoint="model.pt"):
         labels = [str(seed), *(f"{seed}-{i}" for i in range(1, 8))]
         yield from stream(kin, run, labels, f"Cat {seed} and its kind by {name}")
 
+    def forget():
+        """A new crowd: nobody in it is chosen, and the old one's kind goes."""
+        return gr.Gallery(selected_index=None), gr.Gallery(visible=False)
+
     @told
     def morph(name, seed_a, seed_b, frames):
         a, b, frames = _seed(seed_a), _seed(seed_b), _number("Their number", frames, 2, 24)
@@ -1300,6 +1304,7 @@ def widget(definitions, checkpoint="model.pt"):
                 kin = types.SimpleNamespace(**vars(made) | {"cats": kind, "columns": 4})
         start(go.click, made, stop, generate, [count, seed, steps, sampler])
         start(made.cats.select, kin, stop, more, [amount])
+        go.click(forget, None, [made.cats, kind], queue=False, show_progress="hidden")
         sampler.change(usual_steps, [chosen, sampler], steps, queue=False)
 
         with gr.Tab("Morph"), gr.Row():

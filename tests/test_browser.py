@@ -169,6 +169,11 @@ def test_generate_and_more_of_its_kind(page, place, tmp_path):
     same(kin.values(), ddpm().variations(model(place), 13, 0.4, 8))
     expect(page.locator(".cats:visible").nth(1).locator("img")).to_have_count(8)
 
+    page.get_by_role("button", name="Make cats").click()  # a new crowd: the old kind goes
+    finished(page, "5 cats by m.pt in")
+    expect(page.locator(".cats:visible")).to_have_count(1)
+    expect(cats.locator(".selected")).to_have_count(0)
+
 
 def test_morph(page, place, tmp_path):
     tab(page, "Morph")

@@ -181,7 +181,11 @@ def compare_speed(rounds, threads):
     for (name, bf16), rows in found.items():
         weights, rate, one_pass, peak, drawing = map(statistics.median, zip(*rows))
         cells = [f"{name}, {16 if bf16 else 32} bits", f"{weights:.1f} M", f"{rate:.0f}"]
-        cells += [f"{one_pass * 1000:.0f} ms", f"{peak:.0f} MB", f"{drawing:.2g} s"]
+        cells += [
+            f"{one_pass * 1000:.0f} ms",
+            f"{peak:.0f} MB",
+            f"{drawing:.{0 if drawing > 10 else 2}f} s",
+        ]
         print(f"| {' | '.join(cells)} |")
     for name in list(PEERS)[1:]:
         for ours, theirs in ((True, False), (True, True), (False, False)):

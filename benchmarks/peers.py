@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from quality import times_the_floor
 from recipe import learn, pictures_and_judge
-from speed import seconds, training_rate
+from speed import millions, seconds, training_rate
 
 import ddpm_helpers as helpers
 
@@ -163,10 +164,6 @@ def speed(name, bf16, threads):
     return millions(peer.network), rate, one_pass, peak, drawing
 
 
-def millions(network):
-    return sum(p.numel() for p in network.parameters()) / 1e6
-
-
 def compare_speed(rounds, threads):
     """Print medians and ranges; every measurement in a process of its own, in turns."""
     kinds = [(name, bf16) for name in PEERS for bf16 in (False, True)]
@@ -205,7 +202,7 @@ def quality(name, folder, minutes, threads, seed=0):
     """Train for so many minutes in its own way, draw and judge: a line of text."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    real, (features, z_real) = pictures_and_judge(folder)
+    real, judge = pictures_and_judge(folder)
     if name == Ours.name:
         ddpm = helpers.notebook.__wrapped__()
         model, seen = learn(ddpm, {}, real, 60 * minutes, seed)
@@ -216,8 +213,9 @@ def quality(name, folder, minutes, threads, seed=0):
         with contextlib.closing(train(peer, real[numbers])) as training:
             steps = next(i for i, now in enumerate(training, 1) if now - start > 60 * minutes)
         seen, new = steps * peer.batch, peer.draw(JUDGED)
-    distance, floor = helpers.notebook().scores(features(new.cpu()), z_real)
-    ratio, faces = (distance / floor.mean()).mean(), helpers.face_share(new.cpu())
+    new = new.cpu()
+    ratio = times_the_floor(helpers.notebook(), judge, new).mean()
+    faces = helpers.face_share(new)
     faces = "" if faces is None else f", faces in {faces:.0%}"
     return (
         f"{name}, {minutes:g} minutes, {seen:,} pictures seen: {ratio:.1f} times the floor{faces}"

@@ -38,6 +38,13 @@ def judges(ddpm, real, seed):
     return features, features(real[order[:REFERENCE]])
 
 
+def times_the_floor(ddpm, judge, pictures):
+    """The distance of bytes (N, C, H, W) to real ones as a multiple of theirs: (draws,)."""
+    features, z_real = judge
+    distance, floor = ddpm.scores(features(pictures), z_real)
+    return distance / floor.mean()
+
+
 def loss_curves(ddpm, model, pictures, asked=ASKED):
     """Losses by noise level of the network and of the memory, on pictures learned from and not."""
     learn, held = pictures
@@ -100,6 +107,16 @@ def plot(results, path):
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
+def read_json(file):
+    """What `write_json` wrote, {} if there is nothing yet."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write_json(file, value):
+    text = json.dumps(value, indent=1) + "\n"
+    helpers.write_file(file, lambda part: part.write_text(text))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", nargs="+", help="trained networks, all on the same pictures")
@@ -128,10 +145,7 @@ def main():
         plot(results, options.plot)
     if options.json:
         file = Path(options.json)
-        known = json.loads(file.read_text()) if file.exists() else {}
-        known |= {result["name"]: result for result in results}
-        text = json.dumps(known, indent=1)
-        helpers.write_file(file, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+        write_json(file, read_json(file) | {result["name"]: result for result in results})
 
 
 if __name__ == "__main__":

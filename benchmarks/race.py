@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from quality import FIRST_SEED, judges, plain
+from quality import FIRST_SEED, judges, plain, read_json, times_the_floor, write_json
 
 import ddpm_helpers as helpers
 
@@ -26,9 +26,7 @@ def run(ddpm, model, judge, cats, steps, sampler):
     started = time.perf_counter()
     drawn = ddpm.draw(model, cats, FIRST_SEED, steps, sampler)
     seconds = (time.perf_counter() - started) * 16 / cats
-    features, z_real = judge
-    distance, floor = ddpm.scores(features(drawn), z_real)
-    ratio = distance / floor.mean()
+    ratio = times_the_floor(ddpm, judge, drawn)
     row = {"sampler": sampler, "steps": steps, "seconds for 16": seconds}
     return plain(row | {"times the floor": ratio.mean(), "spread": ratio.std()})
 
@@ -51,12 +49,11 @@ def main():
         tqdm.write(json.dumps(rows[-1]))
     file, network = Path(__file__).with_suffix(".json"), plain(model.last.weight.norm().item())
     result = {"model": Path(options.model).name, "network": network, "cats": options.cats}
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = read_json(file)
     if all(known.get(k) == v for k, v in result.items()):
         rows += [r for r in known["rows"] if (r["steps"], r["sampler"]) not in course]
     result["rows"] = sorted(rows, key=lambda r: (r["sampler"], r["steps"]))
-    text = json.dumps(result, indent=1) + "\n"
-    helpers.write_file(file, lambda part: part.write_text(text))
+    write_json(file, result)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from quality import FIRST_SEED, judges, plain
+from quality import FIRST_SEED, judges, plain, read_json, times_the_floor, write_json
+from speed import millions
 
 import ddpm_helpers as helpers
 
@@ -215,11 +216,12 @@ RECIPES = {
 
 def by_the_clock(rate, seconds):
     """The learning rate for a training that ends after so many seconds, not steps."""
-    start = []
+    start = None
 
     def learning_rate(step, _, highest):
-        start.append(time.perf_counter())
-        share = min((start[-1] - start[0]) / seconds, 1)
+        nonlocal start
+        start = start or time.perf_counter()
+        share = min((time.perf_counter() - start) / seconds, 1)
         steps = 1000 if step == 0 else max(step + 1, round(step / share))
         return rate(step, steps, highest)
 
@@ -267,17 +269,15 @@ def pictures_and_judge(folder):
 def run(name, seed, folder, seconds, threads):
     """Train by a recipe and examine the result: a row of the table, and its first eight cats."""
     torch.set_num_threads(threads)
-    real, (features, z_real) = pictures_and_judge(folder)
+    real, judge = pictures_and_judge(folder)
     ddpm = helpers.notebook.__wrapped__()  # a copy of its own, to be changed
     usual, (_, exam) = ddpm.make_alphas_bar("cosine", 1000), ddpm.hold_out(real, 1000, seed)
     model, seen = learn(ddpm, RECIPES[name], real, seconds, seed)
     with helpers.drawing_precision():
         loss = heldout_loss(ddpm, model, exam, usual)
     new = ddpm.draw(model, SAMPLES, FIRST_SEED)
-    distance, floor = ddpm.scores(features(new), z_real)
-    weights = sum(p.numel() for p in model.parameters()) / 1e6
-    row = {"seconds": seconds, "threads": threads, "pictures": seen, "millions": weights}
-    row |= {"loss": loss, "times the floor": distance.mean() / floor.mean()}
+    row = {"seconds": seconds, "threads": threads, "pictures": seen, "millions": millions(model)}
+    row |= {"loss": loss, "times the floor": times_the_floor(ddpm, judge, new).mean()}
     return name, seed, plain(row), new[:8]
 
 
@@ -301,10 +301,6 @@ def table(results):
         yield f"| {' | '.join(cells)} |"
 
 
-def write_json(value, file):
-    file.write_text(json.dumps(value, indent=1) + "\n")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", help="pictures to learn from; none: print the table")
@@ -313,7 +309,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="(0)")
     parser.add_argument("--processes", type=int, default=1, help="to share the cores among (1)")
     options = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = read_json(RESULTS)
     names = options.only if options.folder else []
     threads = max(1, torch.get_num_threads() // options.processes)
     fixed = dict(folder=options.folder, seconds=options.seconds, threads=threads)
@@ -324,7 +320,7 @@ def main():
             name, seed, row, new = done.result()
             tqdm.write(f"{name}, seed {seed}: {json.dumps(row)}")
             results.setdefault(name, {})[str(seed)] = row
-            helpers.write_file(RESULTS, partial(write_json, results))
+            write_json(RESULTS, results)
             if seed == 0:
                 file = STRIPS / f"{list(RECIPES).index(name):02}.png"
                 helpers.save_png(helpers.grid(new, columns=8), file, scale=2)

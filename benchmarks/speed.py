@@ -46,8 +46,9 @@ def seconds(function, repeats=5):
     return statistics.median(times[1:])
 
 
-def size_of(network):
-    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M weights"
+def millions(network):
+    """Of weights."""
+    return sum(p.numel() for p in network.parameters()) / 1e6
 
 
 def main():
@@ -65,7 +66,8 @@ def main():
     helpers.bf16_is_faster = lambda: faster
     model = ddpm.load_model(helpers.PROJECT / "model.pt")
     few, usual = ddpm.samplers()["dpm"], seconds(lambda: ddpm.draw(model, 16))
-    print(f"16 cats, {few} steps, {16 if faster else 32} bits: {usual:.2f} s, {size_of(model)}")
+    size = f"{millions(model):.1f} M weights"
+    print(f"16 cats, {few} steps, {16 if faster else 32} bits: {usual:.2f} s, {size}")
     print(f"1 cat, {few} steps: {1000 * seconds(lambda: ddpm.draw(model, 1)):.0f} ms")
     slow = seconds(lambda: ddpm.draw(model, 16, 0, 1000, "ddpm"), repeats=1)
     print(f"16 cats, 1000 steps: {slow:.1f} s, {slow / usual:.0f} x")

@@ -1520,7 +1520,7 @@ def main(arguments=None):
         "--channels", type=int, choices=[0, 1, 3], default=0, help="1 grey, 3 colour (as they are)"
     )
     command.add_argument("--timesteps", type=_whole(20, 10_000), default=1000, help="T (1000)")
-    command.add_argument("--batch-size", type=_whole(1, 65_536), default=64, help="(64)")
+    command.add_argument("--batch-size", type=_whole(1, 65_536), default=16, help="(16)")
     command.add_argument("--lr", type=_rate, default=1e-3, help="highest learning rate (1e-3)")
     command.add_argument("--seed", type=_whole(0, 2**32), default=0, help="(0)")
     command = commands.add_parser("download", help="fetch photos of cats to learn from")

@@ -19,10 +19,10 @@ from accelerate.state import AcceleratorState
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ddpm_helpers as helpers
 
-BATCH = 64
+BATCH = 16
 
 
-def training_rate(ddpm, bf16, steps=12):
+def training_rate(ddpm, bf16, steps=40):
     """Pictures per second, the median over steps (the first two warm up)."""
     AcceleratorState._reset_state()
     helpers.bf16_is_faster = lambda: bf16

@@ -46,7 +46,8 @@ def server(place):
 @pytest.fixture(scope="module")
 def chromium():
     with sync_playwright() as playwright:
-        options = dict(executable_path=BROWSER, args=["--no-sandbox"])
+        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        options = dict(executable_path=BROWSER, args=["--no-sandbox", *camera])
         browser = playwright.chromium.launch(**options)
         yield browser
         browser.close()
@@ -241,6 +242,21 @@ def test_from_a_picture(page, place, tmp_path):
     shown = singles(download(page, "Singles (zip)", tmp_path))
     mine = helpers.read_upload(tmp_path / "mine.png", 24)
     same(shown.values(), ddpm().from_picture(model(place), mine, 0.5, 4, 2))
+
+
+def test_a_photo_by_the_webcam(page, tmp_path):
+    tab(page, "From a picture")
+    page.get_by_label("Capture from camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("[...document.querySelectorAll('video')].some(v => v.currentTime > 0.5)")
+    page.get_by_label("capture photo").click()
+    expect(page.get_by_label("Remove Image")).to_be_visible()
+    fill(page, "Strength", 0)
+    page.get_by_role("button", name="Draw as a cat").click()
+    finished(page, "Drawn from your picture by m.pt in")
+    for picture in singles(download(page, "Singles (zip)", tmp_path)).values():
+        red, green, blue = picture[2:-2, 2:-2].mean(axis=(0, 1))
+        assert green > 2 * max(red, blue)  # Chromium's film for tests is green
 
 
 def test_stop_nonsense_dice_and_another_network(page, place, network, tmp_path):

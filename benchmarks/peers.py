@@ -38,7 +38,7 @@ JUDGED = 256
 class Ours:
     """As the notebook does it: batches of 16, 16 bits where they are faster."""
 
-    name, batch = "this project", 16
+    name = "this project"
 
     def __init__(self):
         self.ddpm = helpers.notebook()

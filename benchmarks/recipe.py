@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from quality import FIRST_SEED, judges, plain, read_json, times_the_floor, write_json
-from speed import millions
+from speed import millions, usual_batch
 
 import ddpm_helpers as helpers
 
@@ -212,7 +212,7 @@ def learn(ddpm, recipe, real, seconds, seed):
     ddpm.examine = lambda *_: 1.0  # the usual one costs time, and decides nothing here
     AcceleratorState._reset_state()
     torch.manual_seed(seed)
-    settings = dict(batch_size=16, seed=seed) | recipe.get("train", {})
+    settings = dict(batch_size=usual_batch(ddpm), seed=seed) | recipe.get("train", {})
     with tempfile.TemporaryDirectory() as folder:
         out, model = Path(folder) / "recipe.pt", ddpm.UNet(**recipe.get("unet", {}))
         with contextlib.closing(ddpm.train(model, real, 10_000, out=out, **settings)) as training:

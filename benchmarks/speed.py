@@ -6,6 +6,7 @@ cores.
 """
 
 import argparse
+import inspect
 import itertools
 import statistics
 import sys
@@ -19,7 +20,10 @@ from accelerate.state import AcceleratorState
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ddpm_helpers as helpers
 
-BATCH = 16
+
+def usual_batch(ddpm):
+    """How many pictures the notebook's `train` takes in a step, unless told otherwise."""
+    return inspect.signature(ddpm.train).parameters["batch_size"].default
 
 
 def training_rate(ddpm, bf16, steps=40):
@@ -29,11 +33,11 @@ def training_rate(ddpm, bf16, steps=40):
     pictures = torch.randint(0, 256, (2048, 3, 24, 24), dtype=torch.uint8)
     out = Path(tempfile.mkdtemp()) / "speed.pt"
     times = []
-    for _ in itertools.islice(ddpm.train(ddpm.UNet(), pictures, 2, BATCH, out=out), steps):
+    for _ in itertools.islice(ddpm.train(ddpm.UNet(), pictures, 2, out=out), steps):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter())
-    return BATCH / statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
+    return usual_batch(ddpm) / statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
 
 
 def seconds(function, repeats=5):

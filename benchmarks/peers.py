@@ -169,10 +169,9 @@ def compare_speed(rounds, threads):
     kinds = [(name, bf16) for name in PEERS for bf16 in (False, True)]
     found = {kind: [] for kind in kinds}
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-        for _ in range(rounds):
-            for kind in kinds:
-                found[kind].append(pool.submit(speed, *kind, threads).result())
+    for kind in rounds * kinds:
+        with ProcessPoolExecutor(1, spawn) as pool:
+            found[kind].append(pool.submit(speed, *kind, threads).result())
     print("| | weights | training, pictures/s | pass of 16 | peak memory | drawing 16 |")
     print("| --- | --- | --- | --- | --- | --- |")
     for (name, bf16), rows in found.items():

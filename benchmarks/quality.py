@@ -31,7 +31,7 @@ def draw(ddpm, model, count):
     return torch.cat([ddpm.draw(model, min(64, count - i), FIRST_SEED + i) for i in starts])
 
 
-def judges(ddpm, real, seed):
+def judges(ddpm, real, seed=0):
     """What depends on the real pictures alone: the features and how they describe those."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
     features = ddpm.learn_features(real[order[:REFERENCE]], seed=seed)
@@ -59,20 +59,24 @@ def loss_curves(ddpm, model, pictures, asked=ASKED):
     return levels, {"network": network, "memory": memory}
 
 
-def measure(ddpm, path, real, samples=2000, pictures=None, seed=0, judge=None, asked=ASKED):
+def measure(ddpm, path, real, samples=2000, pictures=None, judge=None, asked=ASKED):
     """All measures of a checkpoint against real bytes (M, C, H, W): a dict of numbers.
 
     pictures: bytes (N, C, H, W) to be judged, drawn if there are none."""
     model = ddpm.load_model(path)
+    seed = model.record.get("seed", 0)
+    if not helpers.learned_from(model, real, seed):
+        print(f"{path} was not trained on just these pictures: some held-out ones may be known.")
     numbers, (x_0, *_) = ddpm.hold_out(real, model.config["timesteps"], seed)
     learn, held = real[numbers], ddpm.to_bytes(x_0)[: len(real) - len(numbers)]
     new = draw(ddpm, model, samples) if pictures is None else pictures
     near, yardstick = ddpm.nearest(new, learn)[0], ddpm.nearest(held, learn)[0]
     ratios = [near.quantile(q) / yardstick.quantile(q) for q in (0.5, 0.01)]
-    features, z_real = judge or judges(ddpm, real, seed)
+    features, z_real = judge or judges(ddpm, real)
     distance, floor = ddpm.scores(features(new), z_real)
     levels, losses = loss_curves(ddpm, model, (learn, held), asked)
-    result = {"name": Path(path).name, "data": f"{len(real):,} photos", "judged": len(new)}
+    result = {"name": Path(path).name, "file": helpers.fingerprint(Path(path).read_bytes())}
+    result |= {"data": f"{len(real):,} photos", "judged": len(new)}
     result |= {"nearest": ratios, "distance": [distance.mean(), distance.std()]}
     result |= {"floor": [floor.mean(), floor.std()]}
     result |= {"faces": [helpers.face_share(new), helpers.face_share(held)]}
@@ -123,7 +127,6 @@ def main():
     parser.add_argument("folder", help="the pictures they were trained on")
     parser.add_argument("--samples", type=int, default=2000, help="new cats for each (2000)")
     parser.add_argument("--pictures", help=".npy with pictures to judge instead of new ones")
-    parser.add_argument("--seed", type=int, default=0, help="of the training (0)")
     parser.add_argument("--json", help="add the results to this file, by checkpoint")
     parser.add_argument("--plot", help="PNG with the score over a training, from its checkpoints")
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
@@ -136,10 +139,10 @@ def main():
         given = torch.from_numpy(array).permute(0, 3, 1, 2)[: options.samples].contiguous()
     results = []
     for path in options.checkpoint:
-        real = helpers.load_pictures(options.folder, ddpm.load_model(path).config["size"])
-        judge = judge or judges(ddpm, real, options.seed)
-        settings = dict(pictures=given, seed=options.seed, judge=judge)
-        results.append(measure(ddpm, path, real, options.samples, **settings))
+        config = ddpm.load_model(path).config
+        real = helpers.load_pictures(options.folder, config["size"], channels=config["channels"])
+        judge = judge or judges(ddpm, real)
+        results.append(measure(ddpm, path, real, options.samples, given, judge))
     print(helpers.quality_table(results))
     if options.plot:
         plot(results, options.plot)

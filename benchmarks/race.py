@@ -40,15 +40,17 @@ def main():
     options = parser.parse_args()
     ddpm = helpers.notebook()
     model = ddpm.load_model(options.model)
-    real = helpers.load_pictures(options.folder, model.config["size"])
-    judge = judges(ddpm, real, 0)
+    config = model.config
+    real = helpers.load_pictures(options.folder, config["size"], channels=config["channels"])
+    judge = judges(ddpm, real)
     course = [(steps, name) for steps in sorted(options.steps) for name in ddpm.samplers()]
     rows = []
     for steps, sampler in tqdm(course, "racing"):
         rows.append(run(ddpm, model, judge, options.cats, steps, sampler))
         tqdm.write(json.dumps(rows[-1]))
-    file, network = Path(__file__).with_suffix(".json"), plain(model.last.weight.norm().item())
-    result = {"model": Path(options.model).name, "network": network, "cats": options.cats}
+    file, drawn_by = Path(__file__).with_suffix(".json"), Path(options.model)
+    result = {"model": drawn_by.name, "file": helpers.fingerprint(drawn_by.read_bytes())}
+    result["cats"] = options.cats
     known = read_json(file)
     if all(known.get(k) == v for k, v in result.items()):
         rows += [r for r in known["rows"] if (r["steps"], r["sampler"]) not in course]

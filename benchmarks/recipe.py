@@ -240,7 +240,7 @@ def heldout_loss(ddpm, model, exam, usual):
 @cache
 def pictures_and_judge(folder):
     real = helpers.load_pictures(folder, 24)
-    return real, judges(helpers.notebook(), real, 0)
+    return real, judges(helpers.notebook(), real)
 
 
 def run(name, seed, folder, seconds, threads):

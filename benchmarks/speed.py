@@ -10,7 +10,6 @@ import inspect
 import itertools
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -31,8 +30,7 @@ def training_rate(ddpm, bf16, steps=40):
     AcceleratorState._reset_state()
     helpers.bf16_is_faster = lambda: bf16
     pictures = torch.randint(0, 256, (2048, 3, 24, 24), dtype=torch.uint8)
-    out = Path(tempfile.mkdtemp()) / "speed.pt"
-    times = []
+    out, times = helpers.scratch_file("speed.pt"), []
     for _ in itertools.islice(ddpm.train(ddpm.UNet(), pictures, 2, out=out), steps):
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -475,9 +475,19 @@ def write_file(path, write):
             part.unlink()
 
 
+@cache
+def _scratch():
+    return tempfile.TemporaryDirectory(prefix="ddpm-cats-")  # gone when Python ends
+
+
 def scratch_file(name):
     """A path in a new temporary folder, for what nobody wants to keep."""
-    return Path(tempfile.mkdtemp(prefix="ddpm-cats-")) / name
+    return Path(tempfile.mkdtemp(dir=_scratch().name)) / name
+
+
+def fingerprint(content):
+    """16 digits that tell one file's content from another, or one set of pictures: bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def save_model(path, model, record):
@@ -511,6 +521,18 @@ def read_model(path, network):
     return model.eval()
 
 
+def describe(record):
+    """The training record of a checkpoint as text, a line each."""
+    return "\n".join(f"  {k}: {v}" for k, v in record.items() if not isinstance(v, list))
+
+
+def learned_from(model, pictures, seed):
+    """Whether a network from a checkpoint was trained on just these bytes (N, C, H, W), less
+    those that were held out by this seed."""
+    content = fingerprint(pictures.contiguous().numpy())
+    return (model.record.get("content"), model.record.get("seed")) == (content, seed)
+
+
 class TrainingRun:
     """The files of one training: `out`, the best model, and beside it `out` with the ending
     .training: all that is needed to go on after the last whole epoch, to the bit."""
@@ -521,7 +543,7 @@ class TrainingRun:
         settings: numbers that must be the same on resuming. Raises UsageError if `out` cannot
         be written, or if it or its state file belong to another training."""
         self.out, self.state_file = Path(out), Path(out).with_suffix(".training")
-        content = hashlib.sha256(pictures.contiguous().numpy()).hexdigest()[:16]
+        content = fingerprint(pictures.contiguous().numpy())
         self.settings = {"pictures": len(pictures), "content": content} | settings
         self.settings |= {k: str(v) for k, v in model.config.items()}
         self.model, self.average, self.optimizer, self.rng = model, average, optimizer, rng
@@ -592,7 +614,8 @@ class TrainingRun:
         """Write the average to `out` if its held-out loss is the lowest so far."""
         if loss < self.best and self.accelerator.is_main_process:
             self.best = loss
-            record = {k: self.settings[k] for k in ("pictures", "batch_size", "lr", "seed")}
+            copied = ("pictures", "content", "batch_size", "lr", "seed")
+            record = {k: self.settings[k] for k in copied}
             record |= {"epochs": self.epoch, "heldout_loss": loss, "device": device_name()}
             record |= {"processes": self.accelerator.num_processes}
             record |= {"seconds": round(self._clock()), "torch": str(torch.__version__)}
@@ -677,7 +700,7 @@ def drawing_precision():
 
 
 def grid(pictures, columns=8, padding=1):
-    """Bytes (N, C, H, W) -> one picture, bytes (C, h, w), row by row on white."""
+    """Bytes (N, C, H, W) -> one picture, bytes (3, h, w), row by row on white."""
     return make_grid(pictures, nrow=columns, padding=padding, pad_value=255)
 
 
@@ -808,11 +831,13 @@ class TrainingView:
         self.drawn = time.time()
 
 
-def even_in_log_snr(alphas_bar, frames):
+def even_in_log_snr(alphas_bar, frames, faintest=-9, clearest=9):
     """The t in 0..T whose log signal-to-noise ratios are nearest to evenly spaced ones: (k,),
-    rising, without repeats, 0 and T among them; k <= frames."""
+    rising, without repeats, 0 and T among them; k <= frames.
+
+    faintest, clearest: the log ratios beyond which nothing can be seen to change."""
     a = alphas_bar[1:].double()
-    log_snr = (a / (1 - a)).log().clamp(-9, 9)  # beyond that nothing can be seen to change
+    log_snr = (a / (1 - a)).log().clamp(faintest, clearest)
     wanted = torch.linspace(log_snr[0], log_snr[-1], frames - 1, dtype=torch.float64)
     t = 1 + (log_snr[None, :] - wanted[:, None]).abs().argmin(dim=1)
     t[-1] = len(a)
@@ -842,18 +867,19 @@ def save_gif(
         images.append(to_image(torch.cat(parts, dim=2)).convert("RGB"))
     typical = 3 * [images[best]] + images[::3]
     montage = Image.fromarray(np.concatenate([np.asarray(i) for i in typical]))
-    durations = [int(1000 * seconds / len(images))] * (len(images) - 1) + [int(1000 * hold)]
-    tries = [(scale, n) for n in (128, 96, 64, 48)] + [(s, 64) for s in range(scale - 1, 0, -1)]
-    for scale, colours in tries:  # fewer colours first, then smaller
+    tries = [(scale, n, 1) for n in (128, 96, 64, 48)]
+    tries += [(s, 64, 1) for s in range(scale - 1, 0, -1)] + [(1, 64, 2), (1, 48, 4)]
+    for scale, colours, leap in tries:  # fewer colours first, then smaller, then fewer frames
         palette = montage.quantize(colours, method=Image.Quantize.MEDIANCUT, kmeans=passes)
         first, *rest = [
             i.quantize(palette=palette, dither=Image.Dither.NONE).resize(
                 (i.width * scale, i.height * scale), Image.Resampling.NEAREST
             )
-            for i in images
+            for i in images[::-leap][::-1]
         ]
         gif = io.BytesIO()
-        options = dict(append_images=rest, duration=durations, loop=0)
+        still = [int(1000 * seconds * leap / len(images))] * len(rest) + [int(1000 * hold)]
+        options = dict(append_images=rest, duration=still, loop=0)
         first.save(gif, format="GIF", save_all=True, **options)
         if gif.tell() < limit:
             write_file(path, lambda part: part.write_bytes(gif.getvalue()))  # noqa: B023
@@ -865,13 +891,15 @@ def save_gif(
 
 
 def quality_record(checkpoint):
-    """What benchmarks/quality.py found for the checkpoint of this file name and the photos it
-    learned from: a dict of numbers and curves, {} if it was not measured."""
+    """What benchmarks/quality.py found for just this checkpoint and the photos it learned from:
+    a dict of numbers and curves, {} if it was not measured."""
     try:
         text = (PROJECT / "benchmarks" / "quality.json").read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
-    return json.loads(text).get(Path(checkpoint).name, {})
+    found = json.loads(text).get(Path(checkpoint).name, {})
+    measured = found and found.get("file") == fingerprint(Path(checkpoint).read_bytes())
+    return found if measured else {}
 
 
 @cache
@@ -1412,12 +1440,7 @@ def _train(options):
         print(f"\nStopped; {out} holds the best so far, --resume goes on.", file=sys.stderr)
     view.close()
     if out.exists() and _is_first_process():
-        record = ddpm.load_model(out).record
-        print(
-            f"{out}:",
-            *(f"{k} {v}" for k, v in record.items() if not isinstance(v, list)),
-            sep="\n  ",
-        )
+        print(out, describe(ddpm.load_model(out).record), sep="\n")
 
 
 def _generate(options):
@@ -1425,7 +1448,7 @@ def _generate(options):
     model, out = ddpm.load_model(options.model), Path(options.out)
     if out.suffix.lower() not in ("", ".png", ".gif", ".npy"):
         raise UsageError(f"--out must end in .png, .gif or .npy, or be a folder, not {out.name}.")
-    columns = math.ceil(math.sqrt(options.count))
+    columns = _square(range(options.count))
     if out.suffix.lower() == ".gif":
         film = ddpm.film(model, options.count, options.seed, options.steps, options.sampler)
         save_gif(film, out, columns)

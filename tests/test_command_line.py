@@ -64,7 +64,7 @@ def test_train_then_resume_then_generate(folder, tmp_path):
     assert record["epochs"] == 1 and record["pictures"] == 20
     error = run("train", *options, "--epochs", 2, cwd=tmp_path, code=2).stderr
     assert "add --resume" in error
-    assert "epochs 2" in run("train", *options, "--epochs", 2, "--resume", cwd=tmp_path).stdout
+    assert "epochs: 2" in run("train", *options, "--epochs", 2, "--resume", cwd=tmp_path).stdout
     run("generate", "--model", "new.pt", "--steps", 2, "--out", "a.npy", cwd=tmp_path)
     assert np.load(tmp_path / "a.npy").shape == (16, 8, 8, 3)
 

@@ -95,10 +95,19 @@ def test_lesson_from_top_to_bottom_ends_in_a_widget_that_answers(ddpm, few, tmp_
     assert not (tmp_path / "new_model.pt").exists()
 
 
+def test_lesson_on_pictures_that_are_not_like_those_of_the_network(few, tmp_path, monkeypatch):
+    for path in few.iterdir():
+        helpers.open_picture(path).convert("L").save(path)
+    settings = dict(SIZE=16, TIMESTEPS=100, LESSON_EPOCHS=1, FILM_STEPS=5)
+    out = printed(run(tmp_path, monkeypatch, few, **settings))
+    assert "was not trained on just these pictures" in out and "draws 24x24" in out
+
+
 def test_full_trains_keeps_and_uses_a_model_of_its_own(ddpm, few, tmp_path, monkeypatch):
-    settings = dict(MODE="full", EPOCHS=1, BATCH_SIZE=16, FILM_STEPS=25, SIZE=16)
+    settings = dict(MODE="full", EPOCHS=1, FILM_STEPS=25, SIZE=16, TIMESTEPS=100)
     cells = run(tmp_path, monkeypatch, few, **settings)
     assert "new_model.pt" in printed(cells)
     model = ddpm.load_model(tmp_path / "new_model.pt")
     assert model.config["size"] == 16 and model.record["pictures"] == 48
+    assert "was not trained on just these pictures" not in printed(cells)
     run(tmp_path, monkeypatch, few, **settings)  # again: nothing left to train, no complaint

@@ -144,9 +144,9 @@ def test_more_damage_is_a_worse_score(ddpm, judge, cats, damage):
             x = torch.cat([worse[: 133 * level], new[133 * level :]])
         elif damage == "copies":
             x = new[torch.arange(400) % (80, 20, 5)[level - 1]]
-        else:  # only the darkest half, quarter, tenth of a larger set
-            dark = cats[:1000].float().mean(dim=(1, 2, 3)).argsort()[: (500, 250, 100)[level - 1]]
-            x = cats[:1000][dark]
+        else:  # a hundred from the darkest half, quarter, tenth of a larger set
+            dark = cats[:1000].float().mean(dim=(1, 2, 3)).argsort()
+            x = cats[dark[torch.linspace(0, (499, 249, 99)[level - 1], 100).long()]]
         found.append(times_the_floor(ddpm, judge, x))
     assert found == sorted(found) and found[-1] > 3
 
@@ -190,7 +190,7 @@ def test_without_opencv_faces_are_skipped(monkeypatch):
 
 def test_benchmark_measures_a_checkpoint(ddpm, network, cats, judge, tmp_path):
     model = network(size=24)
-    helpers.save_model(tmp_path / "small.pt", model, {"epochs": 2})
+    helpers.save_model(tmp_path / "small.pt", model, {"epochs": 2, "seed": 0})
     settings = dict(pictures=cats[:64], judge=judge, asked=4)
     result = quality.measure(ddpm, tmp_path / "small.pt", cats[64:400], **settings)
     assert result["judged"] == 64 and result["epochs"] == 2
@@ -206,7 +206,7 @@ def test_shipped_networks_draw_and_their_committed_records_fit(ddpm, name):
     assert name in helpers.find_checkpoints(ROOT)  # what the widget offers
     few = ddpm.draw(model, 2, seed=0, steps=4)
     assert few.shape == (2, 3, 24, 24) and few.float().std(dim=(1, 2, 3)).min() > 5
-    record = helpers.quality_record(f"somewhere/{name}")
+    record = helpers.quality_record(ROOT / name)
     assert record["judged"] >= 2000 and "photos" in record["data"]
     assert record["epochs"] == model.record["epochs"]
     assert len(record["losses"]["network"]["held out"]) == len(record["levels"])
@@ -214,7 +214,19 @@ def test_shipped_networks_draw_and_their_committed_records_fit(ddpm, name):
 
 
 def test_a_network_that_was_not_measured_has_no_record():
-    assert helpers.quality_record("unknown.pt") == {}
+    assert helpers.quality_record(ROOT / "unknown.pt") == {}
+
+
+def test_another_network_of_the_same_name_has_no_record(tmp_path):
+    changed = bytearray((ROOT / "model.pt").read_bytes())
+    changed[-1] ^= 1
+    (tmp_path / "model.pt").write_bytes(changed)
+    assert helpers.quality_record(tmp_path / "model.pt") == {}
+
+
+def test_race_was_run_with_the_network_that_is_shipped():
+    race = json.loads((ROOT / "benchmarks" / "race.json").read_text())
+    assert race["file"] == helpers.fingerprint((ROOT / race["model"]).read_bytes())
 
 
 def test_plot_of_a_training_is_a_picture(tmp_path):

@@ -112,3 +112,10 @@ def test_table_shows_means_and_spreads():
     ]
     assert first.startswith(f"| {recipe.BASE} | 5,000 | 5.0 M | 0.1300 ± 0.0100 | 4.0 ± 1.0 |")
     assert "| 0.1200 | 3.0 | ![](benchmarks/recipe/06.png) |" in second
+
+
+def test_readme_shows_the_results_as_measured():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = list(recipe.table(recipe.read_json(recipe.RESULTS)))
+    assert len(rows) == 2 + len(recipe.RECIPES)
+    assert [row for row in rows if row not in readme] == []

@@ -1,6 +1,5 @@
 """The widget over HTTP, as a browser talks to it, and what it does with strange files."""
 
-import functools
 import signal
 import socket
 import struct
@@ -11,6 +10,7 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -329,11 +329,18 @@ def test_the_network_is_warm_before_the_first_click(ddpm, place):
 # -------------------------------------------------------------------------------------- the server
 
 
-def test_temporary_files_go_away(user, tmp_path, monkeypatch):
-    here = functools.partial(tempfile.TemporaryDirectory, dir=tmp_path)
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", here)
+def test_temporary_files_go_away(user, monkeypatch):
+    made, mkdtemp = [], tempfile.mkdtemp
+
+    def watched(*values, **options):
+        made.append(Path(mkdtemp(*values, **options)))
+        return str(made[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", watched)
     assert user.ask("generate", "m.pt", 2, 0, 2, "dpm").zip
-    assert not list(tmp_path.iterdir()) and helpers._launched[0].delete_cache
+    ours = [folder for folder in made if folder.name.startswith("ddpm-cats-")]
+    assert ours and not any(folder.exists() for folder in ours)
+    assert helpers._launched[0].delete_cache
 
 
 def test_command_line_serves_the_widget_until_interrupted(ddpm, model, place):

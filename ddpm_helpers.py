@@ -897,9 +897,10 @@ def quality_record(checkpoint):
         text = (PROJECT / "benchmarks" / "quality.json").read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
-    found = json.loads(text).get(Path(checkpoint).name, {})
-    measured = found and found.get("file") == fingerprint(Path(checkpoint).read_bytes())
-    return found if measured else {}
+    found = json.loads(text).get(Path(checkpoint).name)
+    if found and found["file"] == fingerprint(Path(checkpoint).read_bytes()):
+        return found
+    return {}
 
 
 @cache
@@ -1078,8 +1079,8 @@ def _painted(editor, value, size):
     return painted
 
 
-def _square(pictures):
-    return math.ceil(math.sqrt(len(pictures)))  # columns of a grid
+def _square(count):
+    return math.ceil(math.sqrt(count))  # columns of a grid
 
 
 def _there_and_back(pictures):
@@ -1144,7 +1145,7 @@ def widget(definitions, checkpoint="model.pt"):
 
     def show(panel, record, number):
         x, x_0, t = record.frames[min(number, len(record.frames)) - 1]
-        columns = panel.columns or _square(x)
+        columns = panel.columns or _square(len(x))
         x, x_0 = (unique(grid(pictures, columns)) for pictures in (x, x_0))
         return {panel.x: x, panel.x_0: x_0, panel.status: f"t = {t}"}
 
@@ -1185,7 +1186,8 @@ def widget(definitions, checkpoint="model.pt"):
         thinned = record.frames[:: -(len(record.frames) // 24 + 1)][::-1]
         film = film(pictures) if film else [(x, x_0) for x, x_0, _ in thinned]
         with tempfile.TemporaryDirectory(prefix="ddpm-cats-") as folder:  # gradio makes copies
-            paths = _downloads(folder, pictures, labels, panel.columns or _square(pictures), film)
+            columns = panel.columns or _square(len(pictures))
+            paths = _downloads(folder, pictures, labels, columns, film)
             ready = [gr.DownloadButton(value=path, interactive=True) for path in paths]
             yield dict(zip(panel.downloads, ready)) | {panel.film: paths[1]}
 
@@ -1448,7 +1450,7 @@ def _generate(options):
     model, out = ddpm.load_model(options.model), Path(options.out)
     if out.suffix.lower() not in ("", ".png", ".gif", ".npy"):
         raise UsageError(f"--out must end in .png, .gif or .npy, or be a folder, not {out.name}.")
-    columns = _square(range(options.count))
+    columns = _square(options.count)
     if out.suffix.lower() == ".gif":
         film = ddpm.film(model, options.count, options.seed, options.steps, options.sampler)
         save_gif(film, out, columns)

@@ -31,6 +31,11 @@ def draw(ddpm, model, count):
     return torch.cat([ddpm.draw(model, min(64, count - i), FIRST_SEED + i) for i in starts])
 
 
+def real_pictures(folder, model):
+    """The pictures of a folder as this network draws them, bytes (M, C, H, W)."""
+    return helpers.load_pictures(folder, model.config["size"], channels=model.config["channels"])
+
+
 def judges(ddpm, real, seed=0):
     """What depends on the real pictures alone: the features and how they describe those."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
@@ -139,8 +144,7 @@ def main():
         given = torch.from_numpy(array).permute(0, 3, 1, 2)[: options.samples].contiguous()
     results = []
     for path in options.checkpoint:
-        config = ddpm.load_model(path).config
-        real = helpers.load_pictures(options.folder, config["size"], channels=config["channels"])
+        real = real_pictures(options.folder, ddpm.load_model(path))
         judge = judge or judges(ddpm, real)
         results.append(measure(ddpm, path, real, options.samples, given, judge))
     print(helpers.quality_table(results))

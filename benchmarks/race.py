@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from quality import FIRST_SEED, judges, plain, read_json, times_the_floor, write_json
+from quality import FIRST_SEED, judges, plain, read_json, real_pictures, times_the_floor, write_json
 
 import ddpm_helpers as helpers
 
@@ -40,9 +40,7 @@ def main():
     options = parser.parse_args()
     ddpm = helpers.notebook()
     model = ddpm.load_model(options.model)
-    config = model.config
-    real = helpers.load_pictures(options.folder, config["size"], channels=config["channels"])
-    judge = judges(ddpm, real)
+    judge = judges(ddpm, real_pictures(options.folder, model))
     course = [(steps, name) for steps in sorted(options.steps) for name in ddpm.samplers()]
     rows = []
     for steps, sampler in tqdm(course, "racing"):

@@ -173,8 +173,35 @@ def test_sampling_times_follow_karras(ddpm):
     times = ddpm.sampling_times(alphas_bar, 12)
     sigma = ((1 - alphas_bar) / alphas_bar).sqrt()
     for i, t in list(enumerate(times))[1:-2]:
-        wanted = (30 ** (1 / 7) + i / 11 * (0.02 ** (1 / 7) - 30 ** (1 / 7))) ** 7
+        wanted = (80 ** (1 / 6) + i / 11 * (0.002 ** (1 / 6) - 80 ** (1 / 6))) ** 6
         assert sigma[t - 1] < wanted * 1.0001 and wanted <= sigma[t] * 1.0001
+
+
+@pytest.mark.parametrize(
+    "rule, steps, least, most",
+    [
+        ("dpm_step", 50, 0.95, 1.05),
+        ("dpm_step", 20, 0.95, 1.15),
+        ("dpm_step", 10, 0.85, 1.35),
+        ("ddim_step", 250, 0.95, 1.0),
+        ("ddim_step", 10, 0.4, 0.7),  # straight strides lose variance, as the notebook says
+    ],
+)
+def test_bell_shaped_pictures_keep_their_variance(ddpm, rule, steps, least, most):
+    """The best denoiser of N(0, v) is a v / (a v + 1 - a) x: from 1, x_T, to sqrt(v) at the end.
+
+    v: from the brightness of a 24x24 photo, which sums up 576 pixels, down to its finest detail."""
+    v = torch.tensor([120.0, 40, 10, 1, 0.1, 0.03], dtype=torch.float64).view(1, -1, 1, 1)
+    alphas_bar = ddpm.make_alphas_bar("cosine", 1000).double()
+
+    def best(x, t):
+        a = alphas_bar[t].view(-1, 1, 1, 1)
+        return (a.sqrt() * x - a.sqrt() * v / (a * v + 1 - a) * x) / (1 - a).sqrt()  # as v
+
+    times, start = ddpm.sampling_times(alphas_bar, steps), torch.full_like(v, 0.01)  # unclipped
+    *_, (_, x, _) = ddpm.walk(Stub(alphas_bar, best), start, times, getattr(ddpm, rule))
+    kept = (x / start).square() / v
+    assert least < kept.min() and kept.max() < most, kept.flatten()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 20, 50])

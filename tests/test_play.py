@@ -120,6 +120,16 @@ def test_little_strength_keeps_more_of_the_picture(ddpm, network):
     assert 0 < distance[0.05] < distance[0.3] < distance[0.7]
 
 
+@pytest.mark.parametrize("strength", [0.2, 0.3, 0.43, 0.5, 0.6, 0.7, 0.701, 0.74, 0.9, 1])
+def test_at_no_strength_a_short_stride_comes_before_a_long_one(ddpm, network, strength):
+    """DPM-Solver++ extrapolates from one stride to the next, and would overshoot by far."""
+    model = network()
+    times = [s for s, _, _ in ddpm.from_picture(model, picture(), strength, 1)]
+    a = model.alphas_bar[times[:-1]]  # the last, 0, is infinitely far in log SNR
+    strides = (a / (1 - a)).log().diff()
+    assert (strides[1:] < 2 * strides[:-1]).all()
+
+
 def test_bad_input_gets_one_sentence(ddpm, network):
     model, keep = network(), torch.ones(24, 24, dtype=torch.bool)
     for strength in (-0.1, 1.1, math.nan):

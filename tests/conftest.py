@@ -1,5 +1,6 @@
 """What all tests share: the notebook's definitions, small networks, small pictures."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ddpm_helpers as helpers  # noqa: E402
+
+# what runs in the background of a shell script, and all that it starts, ignores Ctrl-C otherwise
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 bf16_is_faster = helpers.bf16_is_faster  # the real one; see `quiet_machine`
 

@@ -85,11 +85,14 @@ def test_lesson_from_top_to_bottom_ends_in_a_widget_that_answers(ddpm, few, tmp_
     assert "48 pictures" in out and "heldout_loss" in out
     singles, captions, status = json.loads(out.strip().splitlines()[-1])
     assert captions == ["7", "8", "9"] and "3 cats by model.pt in" in status
-    expected = ddpm.draw(ddpm.load_model(ROOT / "model.pt"), 3, 7, 4)
-    for file, picture in zip(singles, expected, strict=True):
-        shown = np.asarray(helpers.open_picture(file)).astype(int)
-        assert shown.shape == (24, 24, 3)
-        assert abs(shown - picture.permute(1, 2, 0).numpy()).max() <= 4  # perhaps of 16 bits
+    shown = np.stack([np.asarray(helpers.open_picture(file)).astype(int) for file in singles])
+    assert shown.shape == (3, 24, 24, 3)
+    model, differences = ddpm.load_model(ROOT / "model.pt"), []
+    for faster in (False, True):  # 16 bits, if the notebook's own measurement liked them better
+        monkeypatch.setattr(helpers, "bf16_is_faster", lambda faster=faster: faster)
+        expected = ddpm.draw(model, 3, 7, 4).permute(0, 2, 3, 1).numpy()
+        differences.append(abs(shown - expected).max())
+    assert min(differences) <= 1
     for name in ("forward.gif", "denoising.gif"):
         assert 1000 < (tmp_path / "gifs" / "own" / name).stat().st_size < 500_000
     assert not (tmp_path / "new_model.pt").exists()

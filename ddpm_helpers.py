@@ -45,6 +45,7 @@ PROJECT = Path(__file__).resolve().parent
 CATS = (PROJECT / "cats_large" / "cats").resolve()
 COMMIT = "c463f7f29d538bf46e5972f040ba16ddddfba533"
 ARCHIVE = f"https://github.com/AnnikaV9/cat-dataset/archive/{COMMIT}.zip"
+SAMPLERS = {"dpm": "DPM-Solver++", "ddim": "DDIM", "ddpm": "Algorithm 2"}  # and how we call them
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
 
@@ -941,11 +942,11 @@ def show_race():
     race = json.loads((PROJECT / "benchmarks" / "race.json").read_text(encoding="utf-8"))
     figure, axis = plt.subplots(figsize=(6, 2.8))
     print("times the floor (seconds for 16 cats on two CPU cores)")
-    for sampler in ("dpm", "ddim", "ddpm"):
+    for sampler, name in SAMPLERS.items():
         rows = [row for row in race["rows"] if row["sampler"] == sampler]
         course = [(r["steps"], r["times the floor"], r["seconds for 16"]) for r in rows]
-        print(f"{sampler:5}", *(f"{n} steps: {d:.1f} ({s:.1f} s)" for n, d, s in course), sep="  ")
-        axis.loglog(*list(zip(*course))[:2], "o-", ms=4, label=sampler)
+        print(f"{name:12}", *(f"{n} steps: {d:.1f} ({s:.1f} s)" for n, d, s in course), sep="  ")
+        axis.loglog(*list(zip(*course))[:2], "o-", ms=4, label=name)
     axis.axhline(1, color="gray", lw=0.7)
     marks = sorted({row["steps"] for row in race["rows"]})
     axis.set_xticks(marks, marks, minor=False)
@@ -1322,8 +1323,7 @@ def widget(definitions, checkpoint="model.pt"):
                 count = gr.Slider(1, 64, 16, step=1, label="How many cats")
                 seed = seed_box("Seed of the first cat")
                 usual = ddpm.samplers(get(first.name).config["timesteps"])
-                known = {"dpm": "DPM-Solver++", "ddim": "DDIM", "ddpm": "Algorithm 2"}
-                kinds = [(known.get(kind, kind), kind) for kind in usual]
+                kinds = [(SAMPLERS.get(kind, kind), kind) for kind in usual]
                 sampler = gr.Radio(kinds, value=kinds[0][1], label="Sampler")
                 steps = gr.Number(usual[kinds[0][1]], precision=0, label="Steps")
                 go, stop = buttons("Make cats")
@@ -1522,8 +1522,7 @@ def main(arguments=None):
     command.add_argument("--count", type=_whole(1, 1_000_000), default=16, help="how many (16)")
     command.add_argument("--seed", type=_whole(0, 2**32), default=0, help="of the first one (0)")
     command.add_argument("--steps", type=_whole(1, 10_000), help="network calls")
-    samplers = ["dpm", "ddim", "ddpm"]
-    command.add_argument("--sampler", choices=samplers, default="dpm", help="(dpm)")
+    command.add_argument("--sampler", choices=SAMPLERS, default="dpm", help="(dpm)")
     command.add_argument("--model", default=str(PROJECT / "model.pt"), help="checkpoint (model.pt)")
     command.add_argument("--scale", type=_whole(1, 32), default=1, help="enlarge the .png grid (1)")
     command.add_argument(

@@ -13,6 +13,7 @@ sixth of them. `--processes 2` runs two at a time, with half of the CPU cores ea
 import argparse
 import contextlib
 import itertools
+import math
 import multiprocessing
 import resource
 import statistics
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from quality import times_the_floor
-from recipe import learn, pictures_and_judge
+from recipe import by_the_clock, learn, pictures_and_judge
 from speed import millions, seconds, training_rate
 
 import ddpm_helpers as helpers
@@ -54,7 +55,7 @@ class DenoisingDiffusionPytorch:
 
     name, batch, steps = "denoising_diffusion_pytorch", 16, 1000
 
-    def __init__(self, **more):
+    def __init__(self, seconds=None, **more):
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet
         from ema_pytorch import EMA
 
@@ -80,12 +81,14 @@ class DenoisingDiffusionPytorch:
 
 
 class Diffusers:
-    """As its example for unconditional training: batches of 16, AdamW, eps, 32 bits."""
+    """As its example for unconditional training: batches of 16, AdamW, a warm-up and half a
+    cosine, an average of the weights, eps, 32 bits."""
 
     name, batch, steps = "diffusers", 16, 50
 
-    def __init__(self):
+    def __init__(self, seconds=600):
         from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+        from diffusers.training_utils import EMAModel
 
         self.network = UNet2DModel(
             sample_size=24,
@@ -94,7 +97,11 @@ class Diffusers:
             up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         ).to(DEVICE)
         self.scheduler, settings = DDPMScheduler(), dict(betas=(0.95, 0.999), weight_decay=1e-6)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), 1e-4, **settings)
+        self.rate, self.step = by_the_clock(self.warm_up_and_cosine, seconds), 0
+        first = self.rate(0, None, 1e-4)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), first, **settings)
+        settings = dict(decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.average = EMAModel(self.network.parameters(), **settings)
         self.pipeline = DDIMPipeline(self.network, DDIMScheduler())
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -103,13 +110,23 @@ class Diffusers:
         eps, t = torch.randn_like(x_0), torch.randint(0, 1000, (len(x_0),), device=DEVICE)
         return F.mse_loss(self.network(self.scheduler.add_noise(x_0, eps, t), t).sample, eps)
 
+    @staticmethod
+    def warm_up_and_cosine(step, steps, highest, warm_up=500):
+        if step < warm_up:
+            return highest * step / warm_up
+        share = min((step - warm_up) / max(steps - warm_up, 1), 1)
+        return highest * (1 + math.cos(math.pi * share)) / 2
+
     def after_step(self):
-        pass
+        self.average.step(self.network.parameters())
+        self.step += 1
+        self.optimizer.param_groups[0]["lr"] = self.rate(self.step, None, 1e-4)
 
     def one_step(self, x):
         return self.pipeline(batch_size=len(x), num_inference_steps=1)
 
     def draw(self, count):
+        self.average.copy_to(self.network.parameters())
         pictures = self.pipeline(batch_size=count, output_type="np").images  # (N, H, W, 3) 0 to 1
         return torch.from_numpy(pictures * 255).round().byte().permute(0, 3, 1, 2)
 
@@ -207,7 +224,7 @@ def quality(name, folder, minutes, threads, seed=0):
         model, seen = learn(ddpm, {}, real, 60 * minutes, seed)
         new = ddpm.draw(model, JUDGED)
     else:
-        peer, start = PEERS[name](), time.perf_counter()
+        peer, start = PEERS[name](seconds=60 * minutes), time.perf_counter()
         numbers, _ = helpers.notebook().hold_out(real, 1000, seed)
         with contextlib.closing(train(peer, real[numbers])) as training:
             steps = next(i for i, now in enumerate(training, 1) if now - start > 60 * minutes)

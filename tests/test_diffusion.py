@@ -190,7 +190,7 @@ def test_sampling_times_follow_karras(ddpm):
 def test_bell_shaped_pictures_keep_their_variance(ddpm, rule, steps, least, most):
     """The best denoiser of N(0, v) is a v / (a v + 1 - a) x: from 1, x_T, to sqrt(v) at the end.
 
-    v: from the brightness of a 24x24 photo, which sums up 576 pixels, down to its finest detail."""
+    v: from the brightness of a 24x24 photo, which sums up 1,728 numbers, to detail hardly seen."""
     v = torch.tensor([120.0, 40, 10, 1, 0.1, 0.03], dtype=torch.float64).view(1, -1, 1, 1)
     alphas_bar = ddpm.make_alphas_bar("cosine", 1000).double()
 

@@ -1,5 +1,6 @@
 """The changed recipes of benchmarks/recipe.py do what they say."""
 
+import math
 import sys
 import time
 
@@ -61,6 +62,17 @@ def test_min_snr_weights_are_the_papers(own, question):
     assert torch.allclose(own.diffusion_loss(model, *question), expected.float())
 
 
+def test_less_noise_is_the_cosine_schedules_shifted_by_the_papers_amount(own):
+    recipe.less_noise(own)
+    _, t, _ = own.draw_batch(blobs(20_000, size=8), 1000, torch.Generator().manual_seed(0))
+    alphas_bar = own.make_alphas_bar("cosine", 1000)
+    log_snr = (alphas_bar[t] / (1 - alphas_bar[t])).log()
+    u = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+    expected = -2 * (u * math.pi / 2).tan().log() + 2 * math.log(64 / 24)  # s of the schedule: 0
+    assert torch.allclose(log_snr.quantile(1 - u), expected, atol=0.1)
+    assert t.min() == 1 and t.max() <= 1000
+
+
 def test_common_loss_is_the_notebooks_for_its_own_recipe(own, question):
     x_0, t, eps, alphas_bar = question
     model = Knows(torch.randn_like(x_0), alphas_bar)
@@ -107,15 +119,15 @@ def test_shifted_pictures_stay_pictures(own):
 def test_table_shows_means_and_spreads():
     row = {"loss": 0.12, "times the floor": 3.0, "pictures": 5000, "millions": 5.03}
     other = row | {"loss": 0.14, "times the floor": 5.0}
-    first, second = list(recipe.table({recipe.BASE: {"0": row, "1": other}, "no EMA": {"0": row}}))[
-        2:
-    ]
+    rows = {recipe.BASE: {"0": row, "1": other}, "no EMA": {"0": row}}
+    _, _, first, second = recipe.table(rows, 300)
     assert first.startswith(f"| {recipe.BASE} | 5,000 | 5.0 M | 0.1300 ± 0.0100 | 4.0 ± 1.0 |")
-    assert "| 0.1200 | 3.0 | ![](benchmarks/recipe/06.png) |" in second
+    assert "| 0.1200 | 3.0 | ![](benchmarks/recipe/300/06.png) |" in second
 
 
 def test_readme_shows_the_results_as_measured():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = list(recipe.table(recipe.read_json(recipe.RESULTS)))
-    assert len(rows) == 2 + len(recipe.RECIPES)
-    assert [row for row in rows if row not in readme] == []
+    for seconds, results in recipe.read_json(recipe.RESULTS).items():
+        rows = list(recipe.table(results, float(seconds)))
+        assert len(rows) == 2 + len(results)
+        assert [row for row in rows if row not in readme] == []

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import http.client
 import importlib
+import inspect
 import io
 import json
 import linecache
@@ -949,6 +950,7 @@ def show_race():
         axis.loglog(*list(zip(*course))[:2], "o-", ms=4, label=name)
     axis.axhline(1, color="gray", lw=0.7)
     marks = sorted({row["steps"] for row in race["rows"]})
+    marks = [n for n, after in zip(marks, [*marks[1:], math.inf]) if after > 1.3 * n]  # legible
     axis.set_xticks(marks, marks, minor=False)
     axis.set_xticks([], minor=True)
     axis.set_yticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
@@ -1120,7 +1122,7 @@ def widget(definitions, checkpoint="model.pt"):
         with loading:
             return load(path, path.stat().st_mtime if path.exists() else None)
 
-    for _ in ddpm.sample(get(first.name), 16, 0, 2):  # so that the first click need not wait
+    for _ in ddpm.sample(get(first.name), 16, 0, 4):  # so that the first click need not wait
         pass
 
     # What happens on a click. Values come as the browser sent them and are checked here.
@@ -1203,10 +1205,11 @@ def widget(definitions, checkpoint="model.pt"):
         return read_upload(file["path"], config["size"], config["channels"])
 
     @told
-    def generate(name, count, seed, steps, sampler):
+    def generate(name, count, seed, steps, sampler, guidance):
         model, (count, seed, labels) = get(name), seeds(count, seed, 64)
         steps = _number("The number of steps", steps, 1, model.config["timesteps"])
-        run = ddpm.sample(model, count, seed, steps, sampler)
+        guidance = _number("The guidance", guidance, 0, 3, float)
+        run = ddpm.sample(model, count, seed, steps, sampler, guidance)
         yield from stream(made, run, labels, f"{count} cat{'s'[: count - 1]} by {name}")
 
     @told
@@ -1326,13 +1329,15 @@ def widget(definitions, checkpoint="model.pt"):
                 kinds = [(SAMPLERS.get(kind, kind), kind) for kind in usual]
                 sampler = gr.Radio(kinds, value=kinds[0][1], label="Sampler")
                 steps = gr.Number(usual[kinds[0][1]], precision=0, label="Steps")
+                weight = inspect.signature(ddpm.guided).parameters["guidance"].default
+                guidance = gr.Slider(0, 3, weight, label="Guidance (0: none, 3: all alike)")
                 go, stop = buttons("Make cats")
             with gr.Column(**right):
                 made = panel("Press **Make cats**.", label="By seed: click on a cat for its kind")
                 amount = gr.Slider(0, 1, 0.4, label="How different its kind may be")
                 kind = gallery("More of its kind", visible=False)
                 kin = types.SimpleNamespace(**vars(made) | {"cats": kind, "columns": 4})
-        start(go.click, made, stop, generate, [count, seed, steps, sampler])
+        start(go.click, made, stop, generate, [count, seed, steps, sampler, guidance])
         start(made.cats.select, kin, stop, more, [amount])
         go.click(forget, None, [made.cats, kind], queue=False, show_progress="hidden")
         sampler.change(usual_steps, [chosen, sampler], steps, queue=False)
@@ -1450,16 +1455,13 @@ def _generate(options):
     model, out = ddpm.load_model(options.model), Path(options.out)
     if out.suffix.lower() not in ("", ".png", ".gif", ".npy"):
         raise UsageError(f"--out must end in .png, .gif or .npy, or be a folder, not {out.name}.")
-    columns = _square(options.count)
+    columns, how = _square(options.count), (options.steps, options.sampler, options.guidance)
     if out.suffix.lower() == ".gif":
-        film = ddpm.film(model, options.count, options.seed, options.steps, options.sampler)
-        save_gif(film, out, columns)
+        save_gif(ddpm.film(model, options.count, options.seed, *how), out, columns)
         return
     starts = range(0, options.count, 128)  # a picture does not depend on those drawn beside it
     batches = [
-        ddpm.draw(
-            model, min(128, options.count - i), options.seed + i, options.steps, options.sampler
-        )
+        ddpm.draw(model, min(128, options.count - i), options.seed + i, *how)
         for i in (tqdm(starts, "drawing") if len(starts) > 1 else starts)
     ]
     pictures = torch.cat(batches)
@@ -1503,13 +1505,14 @@ def _whole(lowest, highest):
     return parse
 
 
-def _rate(text):
-    try:
-        if 0 < float(text) < 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, not {text}")
+def _real(fits, words):
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if fits(float(text)):
+                return float(text)
+        raise argparse.ArgumentTypeError(f"must be a number {words}, not {text}")
+
+    return parse
 
 
 def main(arguments=None):
@@ -1523,6 +1526,8 @@ def main(arguments=None):
     command.add_argument("--seed", type=_whole(0, 2**32), default=0, help="of the first one (0)")
     command.add_argument("--steps", type=_whole(1, 10_000), help="network calls")
     command.add_argument("--sampler", choices=SAMPLERS, default="dpm", help="(dpm)")
+    weight = _real(lambda w: 0 <= w <= 10, "from 0 to 10")
+    command.add_argument("--guidance", type=weight, help="0 for none, 3 for a lot (0.3)")
     command.add_argument("--model", default=str(PROJECT / "model.pt"), help="checkpoint (model.pt)")
     command.add_argument("--scale", type=_whole(1, 32), default=1, help="enlarge the .png grid (1)")
     command.add_argument(
@@ -1545,7 +1550,8 @@ def main(arguments=None):
     )
     command.add_argument("--timesteps", type=_whole(20, 10_000), default=1000, help="T (1000)")
     command.add_argument("--batch-size", type=_whole(1, 65_536), default=16, help="(16)")
-    command.add_argument("--lr", type=_rate, default=1e-3, help="highest learning rate (1e-3)")
+    rate = _real(lambda lr: 0 < lr < 1, "between 0 and 1")
+    command.add_argument("--lr", type=rate, default=1e-3, help="highest learning rate (1e-3)")
     command.add_argument("--seed", type=_whole(0, 2**32), default=0, help="(0)")
     command = commands.add_parser("download", help="fetch photos of cats to learn from")
     command.set_defaults(run=_download)

@@ -154,8 +154,8 @@ def two_blocks(ddpm):
             super().__init__(c_in, c_out, d, attention)
             self.second = ddpm.ResidualBlock(c_out, c_out, d)
 
-        def forward(self, x, time):
-            return self.attention(self.second(self.block(x, time), time))
+        def forward(self, x, time, *blind):
+            return self.attention(self.second(self.block(x, time), time), *blind)
 
     ddpm.Stage = Stage
 
@@ -168,8 +168,8 @@ def patches(ddpm):
             super().__init__(size // 2, 4 * channels, **more)
             self.config |= dict(size=size, channels=channels)
 
-        def forward(self, x_t, t):
-            return F.pixel_shuffle(super().forward(F.pixel_unshuffle(x_t, 2), t), 2)
+        def forward(self, x_t, t, **options):
+            return F.pixel_shuffle(super().forward(F.pixel_unshuffle(x_t, 2), t, **options), 2)
 
     ddpm.UNet = UNet
 
@@ -266,7 +266,7 @@ def run(name, seed, folder, seconds, threads):
     model, seen = learn(ddpm, RECIPES[name], real, seconds, seed)
     with helpers.drawing_precision():
         loss = heldout_loss(ddpm, model, exam, usual)
-    new = ddpm.draw(model, SAMPLES, FIRST_SEED)
+    new = ddpm.draw(model, SAMPLES, FIRST_SEED, steps=10, guidance=0)
     row = {"seconds": seconds, "threads": threads, "pictures": seen, "millions": millions(model)}
     row |= {"loss": loss, "times the floor": times_the_floor(ddpm, judge, new).mean()}
     return name, seed, plain(row), new[:8]

@@ -44,6 +44,10 @@ def test_generate_writes_grid_film_bytes_and_single_pictures(ddpm, model, tmp_pa
     single = np.asarray(Image.open(tmp_path / "cats" / "cat_00009.png"))
     assert (single == array[2]).all() and len(list((tmp_path / "cats").iterdir())) == 5
     assert Image.open(tmp_path / "cats.gif").n_frames > 1
+    options += ["--guidance", 0]
+    assert not helpers.main(["generate", *map(str, options), "--out", "plain.npy"])
+    plain = ddpm.draw(ddpm.load_model(model), 5, 7, 4, guidance=0).permute(0, 2, 3, 1).numpy()
+    assert (np.load(tmp_path / "plain.npy") == plain).all() and (plain != expected).any()
 
 
 def test_generate_says_what_is_wrong(model, tmp_path):
@@ -53,6 +57,8 @@ def test_generate_says_what_is_wrong(model, tmp_path):
         (["--out", "cats.png", "--count", "0"], "from 1 to"),
         (["--out", "cats.png", "--seed", "abc"], "whole number"),
         (["--out", "cats.png", "--steps", "2000", "--model", model], "between 1 and 1000"),
+        (["--out", "cats.png", "--guidance", "-1"], "a number from 0 to 10, not -1"),
+        (["--out", "cats.png", "--guidance", "much"], "a number from 0 to 10, not much"),
     ]:
         error = run("generate", *options, cwd=tmp_path, code=2).stderr
         assert words in error and len(error.strip().splitlines()[-1]) < 200

@@ -283,6 +283,11 @@ def test_attention_equals_torch_s_own(ddpm):
     tokens = [part.flatten(2).unflatten(1, (2, 8)).transpose(2, 3) for part in (q, k, v)]
     mixed = F.scaled_dot_product_attention(*tokens).transpose(2, 3).reshape(x.shape)
     torch.testing.assert_close(attention(x), x + attention.out(mixed), atol=1e-5, rtol=1e-5)
+    blind = torch.tensor([True, False, True])
+    sees = torch.eye(24, dtype=torch.bool) | ~blind.view(-1, 1, 1, 1)  # blind: itself alone
+    mixed = F.scaled_dot_product_attention(*tokens, sees).transpose(2, 3).reshape(x.shape)
+    expected = x + attention.out(mixed)
+    torch.testing.assert_close(attention(x, blind), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_network_names_sizes_that_do_not_work(network):
@@ -355,6 +360,38 @@ def test_drawing_in_16_bits_changes_next_to_nothing(ddpm, network, monkeypatch):
     assert (exact - rounded).abs().float().mean() < 2
     alone = ddpm.draw(network(), 1, 2, 8).int()
     assert (alone[0] - rounded[2]).abs().max() <= 1
+
+
+def test_guidance_steps_away_from_the_belief_of_the_blind(ddpm, network):
+    model, x_t = network(), torch.randn(3, 3, 24, 24)
+    for block in model.modules():  # a new network's attention adds nothing
+        if isinstance(block, ddpm.SelfAttention):
+            torch.nn.init.normal_(block.out.weight)
+    sigma, everywhere = ((1 - model.alphas_bar) / model.alphas_bar).sqrt(), torch.ones(3) == 1
+    for wanted, acts in ((6, False), (4, True), (0.5, True), (0.3, False)):
+        t = (sigma < wanted).sum().expand(3)
+        x_0, eps = ddpm.predict(model, x_t, t)
+        blind = ddpm.predict(model, x_t, t, blind=everywhere)
+        assert (blind[0] - x_0).abs().max() > 1e-3
+        moved = [x_0 + 2 * (x_0 - blind[0]), eps + 2 * (eps - blind[1])] if acts else [x_0, eps]
+        for ours, expected in zip(ddpm.guided(model, x_t, t, 2), moved, strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ddpm.guided(model, x_t, t, 0), (x_0, eps))
+
+
+def test_guidance_is_the_default_and_can_be_left_out(ddpm, network):
+    model = network()
+    times, noise = ddpm.sampling_times(model.alphas_bar, 5), ddpm.Noise(model, 2, 3)
+    *_, (_, x, _) = ddpm.walk(model, noise(), times, ddpm.dpm_step)
+    assert torch.equal(ddpm.draw(model, 2, 3, 5, guidance=0), ddpm.to_bytes(x))
+    assert torch.equal(ddpm.draw(model, 2, 3, 5), ddpm.draw(model, 2, 3, 5, guidance=0.3))
+    assert not torch.equal(ddpm.draw(model, 2, 3, 5), ddpm.to_bytes(x))
+
+
+@pytest.mark.parametrize("guidance", [-1.1, 11, math.nan])
+def test_impossible_guidance(ddpm, network, guidance):
+    with pytest.raises(ValueError, match="guidance must be from -1 to 10"):
+        ddpm.draw(network(), 1, guidance=guidance)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

@@ -92,8 +92,8 @@ def same(shown, expected):
 
 
 def test_generate_gives_the_cats_of_the_seeds_to_the_pixel(ddpm, model, user):
-    page = user.ask("generate", "m.pt", 5, 40, 3, "ddpm")
-    expected = ddpm.draw(model, 5, 40, 3, "ddpm")
+    page = user.ask("generate", "m.pt", 5, 40, 3, "ddpm", 1.5)
+    expected = ddpm.draw(model, 5, 40, 3, "ddpm", guidance=1.5)
     assert [cat["caption"] for cat in page.cats] == ["40", "41", "42", "43", "44"]
     assert same([pixels(cat["image"]) for cat in page.cats], [pixels(p) for p in expected])
     assert "5 cats by m.pt in" in page.status
@@ -195,6 +195,7 @@ def test_checkpoints_beside_it_can_be_chosen_when_they_appear(ddpm, network, use
         ("generate", ("m.pt", 2, 0, 0, "dpm"), "steps must be from 1 to 1000"),
         ("generate", ("m.pt", 2, 0, 1.5, "dpm"), "steps must be a whole number"),
         ("generate", ("m.pt", 2, 0, 3, "magic"), 'sampler is "dpm"'),
+        ("generate", ("m.pt", 2, 0, 3, "dpm", 4), "guidance must be from 0 to 3"),
         ("generate", ("none.pt", 2, 0, 3, "dpm"), "There is no"),
         ("generate", ("../m.pt/..", 2, 0, 3, "dpm"), "There is no"),
         ("morph", ("m.pt", 1, "x", 5), "seed must be a whole number"),

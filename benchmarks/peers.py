@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from quality import times_the_floor
-from recipe import by_the_clock, learn, pictures_and_judge
+from recipe import PLAIN, by_the_clock, learn, pictures_and_judge
 from speed import millions, seconds, training_rate
 
 import ddpm_helpers as helpers
@@ -44,7 +44,11 @@ class Ours:
     def __init__(self):
         self.ddpm = helpers.notebook()
         self.network = self.ddpm.UNet().to(DEVICE)
-        self.steps = 15  # passes through the network: 12 steps, three of them guided
+        passes = []  # a guided step takes two
+        count = self.network.register_forward_pre_hook(lambda _, x: passes.append(len(x[0])))
+        self.ddpm.draw(self.network, 1)
+        self.steps = sum(passes)
+        count.remove()
 
     def one_step(self, x):
         return next(self.ddpm.walk(self.network, x, [500, 400], self.ddpm.dpm_step))
@@ -222,7 +226,7 @@ def quality(name, folder, minutes, threads, seed=0):
     if name == Ours.name:
         ddpm = helpers.notebook.__wrapped__()
         model, seen = learn(ddpm, {}, real, 60 * minutes, seed)
-        new = ddpm.draw(model, JUDGED, steps=10, guidance=0)
+        new = ddpm.draw(model, JUDGED, **PLAIN)
     else:
         peer, start = PEERS[name](seconds=60 * minutes), time.perf_counter()
         numbers, _ = helpers.notebook().hold_out(real, 1000, seed)

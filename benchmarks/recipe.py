@@ -36,6 +36,7 @@ BASE = "the notebook's recipe"
 RESULTS = Path(__file__).with_suffix(".json")
 STRIPS = Path(__file__).with_suffix("")
 SAMPLES = 256
+PLAIN = dict(steps=10, guidance=0)  # as all pictures of the tables in the README were drawn
 
 
 def predicting(name):
@@ -168,8 +169,8 @@ def patches(ddpm):
             super().__init__(size // 2, 4 * channels, **more)
             self.config |= dict(size=size, channels=channels)
 
-        def forward(self, x_t, t, **options):
-            return F.pixel_shuffle(super().forward(F.pixel_unshuffle(x_t, 2), t, **options), 2)
+        def forward(self, x_t, t):
+            return F.pixel_shuffle(super().forward(F.pixel_unshuffle(x_t, 2), t), 2)
 
     ddpm.UNet = UNet
 
@@ -266,7 +267,7 @@ def run(name, seed, folder, seconds, threads):
     model, seen = learn(ddpm, RECIPES[name], real, seconds, seed)
     with helpers.drawing_precision():
         loss = heldout_loss(ddpm, model, exam, usual)
-    new = ddpm.draw(model, SAMPLES, FIRST_SEED, steps=10, guidance=0)
+    new = ddpm.draw(model, SAMPLES, FIRST_SEED, **PLAIN)
     row = {"seconds": seconds, "threads": threads, "pictures": seen, "millions": millions(model)}
     row |= {"loss": loss, "times the floor": times_the_floor(ddpm, judge, new).mean()}
     return name, seed, plain(row), new[:8]

@@ -127,7 +127,9 @@ def test_table_shows_means_and_spreads():
 
 def test_readme_shows_the_results_as_measured():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for seconds, results in recipe.read_json(recipe.RESULTS).items():
+    measured = recipe.read_json(recipe.RESULTS)
+    assert set(measured["300"]) == set(recipe.RECIPES)
+    for seconds, results in measured.items():
         rows = list(recipe.table(results, float(seconds)))
         assert len(rows) == 2 + len(results)
         assert [row for row in rows if row not in readme] == []

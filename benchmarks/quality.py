@@ -25,10 +25,13 @@ REFERENCE = 6000  # real pictures that the features learn from and distances are
 ASKED = 128  # pictures of each kind for the loss by noise level
 
 
-def draw(ddpm, model, count):
-    """Bytes (count, C, H, W)."""
-    starts = tqdm(range(0, count, 64), "drawing")
-    return torch.cat([ddpm.draw(model, min(64, count - i), FIRST_SEED + i) for i in starts])
+def draw(ddpm, model, count, *how, **options):
+    """Bytes (count, C, H, W); how and options: what else the notebook's `draw` takes."""
+
+    def some(i):
+        return ddpm.draw(model, min(64, count - i), FIRST_SEED + i, *how, **options)
+
+    return torch.cat([some(i) for i in tqdm(range(0, count, 64), "drawing")])
 
 
 def real_pictures(folder, model):

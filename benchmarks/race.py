@@ -4,8 +4,8 @@ Draws the same seeds by each sampler in 1000, 250, 50, 20, 12, 10 and 5 steps, w
 and measures how far they are from the pictures in FOLDER by the Fréchet distance of the notebook's
 section 8. Writes each row to benchmarks/race.json, which the notebook shows, as soon as it is
 ready. With 1000 cats in each row all take four hours on two CPU cores, `--steps 50 20 12 10 5` a
-quarter of an hour. Rows that are not run again stay in the table, if they are of the same network
-and as many cats.
+quarter of an hour; `--samplers dpm` draws by one of them. Rows that are not run again stay in the
+table, if they are of the same network and as many cats.
 """
 
 import argparse
@@ -34,10 +34,12 @@ def run(ddpm, model, judge, cats, steps, sampler):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = list(helpers.SAMPLERS)
     parser.add_argument("folder", help="the pictures that the network learned from")
     parser.add_argument("--model", default=str(helpers.PROJECT / "model.pt"), help="(model.pt)")
     parser.add_argument("--cats", type=int, default=1000, help="in each row (1000)")
     parser.add_argument("--steps", type=int, nargs="+", default=[1000, 250, 50, 20, 12, 10, 5])
+    parser.add_argument("--samplers", nargs="+", choices=names, default=names, help="(all)")
     options = parser.parse_args()
     ddpm = helpers.notebook()
     model = ddpm.load_model(options.model)
@@ -48,7 +50,7 @@ def main():
     known, rows = read_json(file), {}
     if all(known.get(k) == v for k, v in result.items()):
         rows = {(r["sampler"], r["steps"]): r for r in known["rows"]}
-    course = [(name, steps) for steps in sorted(options.steps) for name in ddpm.samplers()]
+    course = [(name, steps) for steps in sorted(options.steps) for name in options.samplers]
     for sampler, steps in tqdm(course, "racing"):
         rows[sampler, steps] = row = run(ddpm, model, judge, options.cats, steps, sampler)
         tqdm.write(json.dumps(row))

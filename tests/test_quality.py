@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, blobs
+from PIL import Image
 from scipy.linalg import sqrtm
 
 import ddpm_helpers as helpers
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import guidance  # noqa: E402
 import quality  # noqa: E402
 
 
@@ -186,6 +188,28 @@ def test_without_opencv_faces_are_skipped(monkeypatch):
     helpers._cat_faces.cache_clear()
     assert helpers.face_share(blobs(2)) is None
     helpers._cat_faces.cache_clear()
+
+
+def test_told_apart_is_a_guess_where_there_is_nothing_to_see(ddpm, cats):
+    torch.manual_seed(0)
+    net = guidance.network(ddpm, 3, 4)
+    blurred = ddpm.damaged(cats[:900], cats[:900])["blurred"]
+    for x, low, high in ((cats[:900], 0.4, 0.6), (blurred, 0.9, 1)):
+        share = guidance.told_apart(ddpm, net, x, cats[900:1800], learned=600, epochs=4)
+        assert low <= share <= high
+
+
+def test_second_judge_learns_turns_and_sources(ddpm, cats, tmp_path):
+    source = (torch.arange(1000) % 2).long()
+    pictures = torch.where(source.bool()[:, None, None, None], 255 - cats[:1000], cats[:1000])
+    net = guidance.second_judge(ddpm, pictures[:800], source[:800], steps=150)
+    for k in range(4):
+        said = guidance.ask(ddpm, net, pictures[800:].rot90(k, (2, 3))).argmax(1)
+        assert (said // 4 == source[800:]).float().mean() > 0.8
+        assert (said % 4 == k).float().mean() > 0.35  # 0.25 is guessing
+    for name in ("b_1.png", "A1.png", "a2.png"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    assert guidance.sources(tmp_path).tolist() == [0, 0, 1]
 
 
 def test_benchmark_measures_a_checkpoint(ddpm, network, cats, judge, tmp_path):

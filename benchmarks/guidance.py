@@ -21,13 +21,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from quality import REFERENCE, draw, judges, real_pictures, times_the_floor
+from quality import FIRST_SEED, REFERENCE, judges, real_pictures, shuffled, times_the_floor
 
 import ddpm_helpers as helpers
 
@@ -38,7 +39,7 @@ DRAWN, LEARNED = 3000, 2000
 def sources(folder):
     """A number for each picture of a folder, (M,): from which source its file is."""
     names = [re.match("[a-z]*", path.stem.lower())[0] for path in helpers.find_pictures(folder)]
-    return torch.tensor([sorted(set(names)).index(name) for name in names])
+    return torch.from_numpy(np.unique(names, return_inverse=True)[1])
 
 
 def network(ddpm, channels, answers):
@@ -116,21 +117,20 @@ def main():
     real, source = real_pictures(options.folder, model), sources(options.folder)
     if len(source) != len(real):
         raise helpers.UsageError("Take the files that cannot be read out of the folder first.")
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     first, net = judges(ddpm, real), second_judge(ddpm, real, source)
     features = partial(ask, ddpm, net[0])
-    second = features, features(real[order[:REFERENCE]])
-    photos = real[order[REFERENCE : REFERENCE + DRAWN]]
+    reference, photos = shuffled(real)[: REFERENCE + DRAWN].tensor_split([REFERENCE])
+    second = features, features(reference)
     print("| steps | guidance | times the floor | the same, second judge | faces | told apart |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for row in options.rows:
+    for row in tqdm(options.rows, "rows"):
         steps, guidance = row.split(",")
-        new = draw(ddpm, model, DRAWN, int(steps), guidance=float(guidance))
+        new = ddpm.draw(model, DRAWN, FIRST_SEED, int(steps), guidance=float(guidance))
         far = [times_the_floor(ddpm, judge, new[:LEARNED]).mean() for judge in (first, second)]
         faces, told = helpers.face_share(new[:LEARNED]), told_apart(ddpm, net, new, photos)
         faces = "" if faces is None else f"{faces:.1%}"
         cells = [steps, guidance, *(f"{x:.2f}" for x in far), faces, f"{told:.1%}"]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        tqdm.write(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -25,13 +25,10 @@ REFERENCE = 6000  # real pictures that the features learn from and distances are
 ASKED = 128  # pictures of each kind for the loss by noise level
 
 
-def draw(ddpm, model, count, *how, **options):
-    """Bytes (count, C, H, W); how and options: what else the notebook's `draw` takes."""
-
-    def some(i):
-        return ddpm.draw(model, min(64, count - i), FIRST_SEED + i, *how, **options)
-
-    return torch.cat([some(i) for i in tqdm(range(0, count, 64), "drawing")])
+def draw(ddpm, model, count):
+    """Bytes (count, C, H, W)."""
+    starts = tqdm(range(0, count, 64), "drawing")
+    return torch.cat([ddpm.draw(model, min(64, count - i), FIRST_SEED + i) for i in starts])
 
 
 def real_pictures(folder, model):
@@ -39,11 +36,16 @@ def real_pictures(folder, model):
     return helpers.load_pictures(folder, model.config["size"], channels=model.config["channels"])
 
 
+def shuffled(real, seed=0):
+    """Bytes (M, C, H, W) in the order in which the first REFERENCE are those judged by."""
+    return real[torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))]
+
+
 def judges(ddpm, real, seed=0):
     """What depends on the real pictures alone: the features and how they describe those."""
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
-    features = ddpm.learn_features(real[order[:REFERENCE]], seed=seed)
-    return features, features(real[order[:REFERENCE]])
+    reference = shuffled(real, seed)[:REFERENCE]
+    features = ddpm.learn_features(reference, seed=seed)
+    return features, features(reference)
 
 
 def times_the_floor(ddpm, judge, pictures):

@@ -117,10 +117,15 @@ def main():
     real, source = real_pictures(options.folder, model), sources(options.folder)
     if len(source) != len(real):
         raise helpers.UsageError("Take the files that cannot be read out of the folder first.")
+    if len(real) < DRAWN:
+        raise helpers.UsageError(
+            f"Name a folder of at least {DRAWN:,} pictures, not {len(real):,}."
+        )
     first, net = judges(ddpm, real), second_judge(ddpm, real, source)
     features = partial(ask, ddpm, net[0])
-    reference, photos = shuffled(real)[: REFERENCE + DRAWN].tensor_split([REFERENCE])
-    second = features, features(reference)
+    mixed = shuffled(real)
+    second = features, features(mixed[:REFERENCE])
+    photos = mixed.roll(-REFERENCE, 0)[:DRAWN]  # others than those, as far as there are any
     print("| steps | guidance | times the floor | the same, second judge | faces | told apart |")
     print("| --- | --- | --- | --- | --- | --- |")
     for row in tqdm(options.rows, "rows"):
